@@ -1,0 +1,99 @@
+"""The contract of an aggregator: task gradients in, one direction out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from equipoise.errors import NOT_FINITE, NonFiniteError
+from equipoise.linalg import gram_matrix
+
+Array = NDArray[np.float64]
+
+
+class Aggregator(nn.Module, ABC):
+    """T task gradients as rows (T, P) to one direction (P,), which an optimizer then subtracts.
+
+    Any callable of that shape may stand in its place.
+    """
+
+    @abstractmethod
+    def forward(self, rows: Tensor) -> Tensor:
+        """The direction.
+
+        Args:
+            rows: (T, P), row i the gradient of task i.
+
+        Returns:
+            (P,) of the same dtype and device.
+        """
+
+
+class GramAggregator(Aggregator):
+    """An aggregator whose direction is rows^T w with w a function of G = rows rows^T alone.
+
+    A method implements `weights` on a float64 matrix that is finite, not zero, and scaled to mean
+    diagonal 1, so that whatever tolerance it needs is a relative one. All else is done here.
+
+    Attributes:
+        degree: the direction is homogeneous of this degree in the rows; 1 for nearly all.
+        needs_losses: whether `coefficients` wants the T losses too.
+    """
+
+    degree: int = 1
+    needs_losses: bool = False
+
+    def forward(self, rows: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The direction, as in `Aggregator`; `losses` (T,) where `needs_losses` says so."""
+        if rows.dim() != 2:
+            raise ValueError(f"rows must have shape (T, P), not {tuple(rows.shape)}.")
+        return self.coefficients(gram_matrix(rows), losses).to(rows) @ rows
+
+    def coefficients(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The T coefficients w of the direction rows^T w.
+
+        Args:
+            gram: (T, T) inner products of the task gradients.
+            losses: (T,), for the methods that need them.
+
+        Returns:
+            (T,) float64 on the device of `gram`; zeros if all gradients are zero.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; names the row.
+            ValueError: `gram` is not square, or losses are needed and missing.
+        """
+        if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+            raise ValueError(f"gram must have shape (T, T), not {tuple(gram.shape)}.")
+        if self.needs_losses and losses is None:
+            raise ValueError(f"{self} needs the losses beside the gradients.")
+        matrix = gram.detach().to("cpu", torch.float64).numpy()  # the one copy to the host
+        _refuse_non_finite(matrix)
+        scale = matrix.trace() / len(matrix)
+        if scale == 0:
+            return gram.new_zeros(len(matrix), dtype=torch.float64)
+        values = None if losses is None else losses.detach().to("cpu", torch.float64).numpy()
+        w = self.weights(matrix / scale, values) * scale ** ((self.degree - 1) / 2)
+        return torch.from_numpy(np.ascontiguousarray(w)).to(gram.device)
+
+    @abstractmethod
+    def weights(self, gram: Array, losses: Array | None) -> Array:
+        """The method itself: coefficients (T,) from the scaled Gram matrix (T, T)."""
+
+    def known_coefficients(self, n_tasks: int) -> Tensor | None:
+        """The coefficients, if they do not depend on this step's gradients; else None.
+
+        Where they are known a step needs one backward, and no rows at all.
+        """
+        return None
+
+
+def _refuse_non_finite(gram: Array) -> None:
+    if not np.isfinite(gram).all():
+        bad = ~np.isfinite(np.diagonal(gram))
+        row = int(bad.argmax()) if bad.any() else int((~np.isfinite(gram)).any(1).argmax())
+        raise NonFiniteError(row, NOT_FINITE)

@@ -1,0 +1,64 @@
+"""MGDA: the shortest vector in the convex hull of the task gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from equipoise.aggregation.base import Array, GramAggregator
+from equipoise.aggregation.solvers import min_norm_weights
+
+NORMALIZATIONS = (None, "l2", "loss", "loss+")
+
+
+class MGDA(GramAggregator):
+    """Multiple-gradient descent: d = sum w_i g_i with w = argmin over the simplex of |sum w_i g_i|.
+
+    Desideri (2012); Sener & Koltun (2018), eq. 3. Solved exactly, as a non-negative least-squares
+    problem. d satisfies <g_i, d> >= |d|^2 for all i, with equality where w_i > 0: it never
+    conflicts, and is 0 exactly at Pareto stationary points.
+
+    Args:
+        normalize: what each gradient is divided by while solving: None (default), "l2" its norm,
+            "loss" its loss, "loss+" both. The weights then apply to the raw gradients.
+        zero: a zero gradient makes d = 0, which is the exact answer ("keep", default); "drop"
+            leaves tasks with zero gradient out.
+
+    Raises:
+        ValueError: unknown `normalize` or `zero`, or a loss that is not positive with "loss".
+
+    Unanimity value g (nash-mtl and IGB4MTL: T g). Opposite gradients: d = 0. Collinear ones: the
+    shorter. Passes: one trunk forward and T backwards a step; `level="features"` (MGDA-UB): one
+    backward. Memory: T x P.
+    """
+
+    def __init__(self, normalize: str | None = None, zero: str = "keep") -> None:
+        super().__init__()
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize is {normalize!r}; known are {NORMALIZATIONS}.")
+        if zero not in ("keep", "drop"):
+            raise ValueError(f"zero is {zero!r}; known are 'keep' and 'drop'.")
+        self.normalize = normalize
+        self.zero = zero
+        self.needs_losses = normalize in ("loss", "loss+")
+
+    def weights(self, gram: Array, losses: Array | None) -> Array:
+        """Min-norm weights of the (normalised) gradients."""
+        norms = np.sqrt(np.diagonal(gram))
+        active = norms > 0
+        if self.zero == "keep" and not active.all():
+            return np.where(active, 0.0, 1 / (~active).sum())
+        divisor = np.ones(len(gram))
+        if self.normalize in ("l2", "loss+"):
+            divisor = divisor * norms
+        if losses is not None and self.needs_losses:
+            if (losses[active] <= 0).any():
+                raise ValueError(
+                    f"losses are {losses.tolist()}; MGDA(normalize={self.normalize!r}) needs "
+                    "positive ones. Use normalize='l2' or None."
+                )
+            divisor = divisor * losses
+        divisor = divisor[active]
+        inner = gram[np.ix_(active, active)] / np.outer(divisor, divisor)
+        w = np.zeros(len(gram))
+        w[active] = min_norm_weights(inner / (inner.trace() / len(inner)))
+        return w

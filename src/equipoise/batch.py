@@ -1,0 +1,148 @@
+"""One batch on its way through the network, and the backward passes that are asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.boundary import Boundary, Gradients, feature_gram, through_trunk, weighted_sum
+from equipoise.errors import NonFiniteError, TaskError
+from equipoise.labels import Labels, check_loss
+from equipoise.linalg import finite_norm
+from equipoise.ranks import Ranks
+from equipoise.rows import Rows
+from equipoise.trunk import SharedTrunk
+
+
+class Batch:
+    """The forward pass: trunk, features, heads, losses; then whatever backward passes are wanted.
+
+    Args:
+        model: the network.
+        losses: task name -> callable(output, target).
+        inputs: what the trunk takes.
+        labels: the targets, by which T' of the T tasks are present.
+        ranks: the processes that train together.
+        apart: whether what the heads send back is kept apart for each task.
+
+    Attributes:
+        values: the present tasks' losses over this process's samples; None where it has none.
+        losses: (T',) detached losses of the joint batch.
+
+    Raises:
+        TaskError: a loss is not a scalar, not connected to the network, or not finite.
+    """
+
+    def __init__(
+        self,
+        model: SharedTrunk,
+        losses: Mapping[str, Callable[[Any, Any], Tensor]],
+        inputs: Any,
+        labels: Labels,
+        ranks: Ranks,
+        apart: bool = True,
+    ) -> None:
+        self.model = model
+        self.labels = labels
+        self.ranks = ranks
+        self.trunk_parameters = trainable(model.shared_parameters())
+        self.head_parameters = {
+            task: trainable(model.head_parameters(task)) for task in labels.names
+        }
+        self.features = Boundary(model.trunk(inputs), len(labels.names), apart)
+        self.values = [self._loss(k, task, losses[task]) for k, task in enumerate(labels.names)]
+        self.losses = self._joint_losses()
+        self._sent_back: list[Gradients] = []
+
+    def _loss(self, k: int, task: str, function: Callable[[Any, Any], Tensor]) -> Tensor | None:
+        if not self.labels.here(task):
+            return None
+        output, target = self.labels.pair(task, self.model.head(task, self.features.of(k)))
+        loss = function(output, target)
+        check_loss(task, loss)
+        if not loss.requires_grad and (self.features.inputs or self.head_parameters[task]):
+            raise TaskError(task, "loss is not connected to the network; was it detached?")
+        return loss
+
+    def _joint_losses(self) -> Tensor:
+        known = [value.detach() for value in self.values if value is not None]
+        device = known[0].device if known else None
+        dtype = torch.float32  # a loss in half precision is weighed in single precision
+        for value in known:
+            dtype = torch.promote_types(dtype, value.dtype)
+        zero = torch.zeros((), dtype=dtype, device=device)
+        here = torch.stack([zero if v is None else v.detach().to(dtype) for v in self.values])
+        joint = self.ranks.joint_losses(here, self.labels.shares.to(here))
+        for task, loss in zip(self.labels.names, joint.tolist(), strict=True):
+            if not abs(loss) < float("inf"):
+                raise NonFiniteError(
+                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
+                )
+        return joint
+
+    def heads_backward(self, factors: Tensor) -> Gradients:
+        """One backward through all heads.
+
+        Args:
+            factors: (T',) what each loss's gradient is multiplied by.
+
+        Returns:
+            Gradients of the present tasks' head parameters, task after task. What the heads send
+            back to the features is kept for the passes through the trunk.
+        """
+        seeds = factors * self.labels.shares.to(factors)
+        pairs = [
+            (value, seed.to(value.dtype))
+            for value, seed in zip(self.values, seeds, strict=True)
+            if value is not None and value.requires_grad
+        ]
+        parameters = [p for own in self.head_parameters.values() for p in own]
+        wanted = [*self.features.inputs, *parameters]
+        found: Gradients = [None] * len(wanted)
+        if pairs and wanted:
+            ends, starts = zip(*pairs, strict=True)
+            found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
+        cut = len(self.features.inputs)
+        self._sent_back = self.features.sort(found[:cut])
+        return self.ranks.sum_gradients(found[cut:], parameters)
+
+    def feature_gram(self) -> Tensor:
+        """(T', T') inner products of what the heads sent back, over the joint batch."""
+        n = len(self.labels.names)
+        if not self._sent_back:
+            return torch.zeros(n, n, dtype=torch.float64)
+        return self.ranks.sum(feature_gram(self._sent_back))
+
+    def trunk_backward(self, weights: Tensor) -> Gradients:
+        """The trunk's gradients if task k counts `weights[k]`: one backward."""
+        together = weighted_sum(self._sent_back, weights[: len(self._sent_back)])
+        gradients = through_trunk(self.features.outputs, self.trunk_parameters, together)
+        return self.ranks.sum_gradients(gradients, self.trunk_parameters)
+
+    def fill(self, rows: Rows) -> Rows:
+        """One trunk backward for each present task, each into its row."""
+        rows.clear()
+        for k in range(len(self.labels.names)):
+            rows.add(self._row(k, retain_graph=k + 1 < len(self.labels.names)))
+        return rows
+
+    def _row(self, k: int, retain_graph: bool) -> Gradients:
+        sent_back = self._sent_back[k] if self._sent_back else []
+        return through_trunk(self.features.outputs, self.trunk_parameters, sent_back, retain_graph)
+
+    def culprit(self, heads: Gradients) -> str | None:
+        """The first task with a gradient that is not finite; slow, for the error message."""
+        heads = list(heads)
+        for k, (task, parameters) in enumerate(self.head_parameters.items()):
+            own, heads = heads[: len(parameters)], heads[len(parameters) :]
+            if finite_norm([*own, *self._row(k, retain_graph=True)]) is None:
+                return task
+        return None
+
+
+def trainable(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that are not frozen."""
+    return [p for p in parameters if p.requires_grad]

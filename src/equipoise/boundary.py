@@ -1,0 +1,101 @@
+"""The cut between trunk and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from equipoise.linalg import gram_matrix
+
+Gradients = list[Tensor | None]
+
+
+class Boundary:
+    """The features, as the trunk made them and as each head sees them.
+
+    Heads run on detached features; what they send back is kept apart for each task until it is
+    known how the tasks combine, and only then goes through the trunk.
+
+    Args:
+        features: what the trunk returned: a tensor, or nested dicts, lists and tuples of them.
+        n_tasks: how many heads will look at them.
+        apart: False: one detached copy for all heads, in which their gradients add up as they
+            come, for when all tasks count the same.
+
+    Attributes:
+        outputs: the tensors among the features through which gradients reach the trunk.
+        inputs: their detached copies, task after task.
+    """
+
+    def __init__(self, features: Any, n_tasks: int, apart: bool = True) -> None:
+        self._leaves, self._spec = pytree.tree_flatten(features)
+        self._cut = [
+            i for i, x in enumerate(self._leaves) if isinstance(x, Tensor) and x.requires_grad
+        ]
+        self.outputs: list[Tensor] = [self._leaves[i] for i in self._cut]
+        if apart:
+            self._copies = [self._detached() for _ in range(n_tasks)]
+        else:
+            self._copies = [self._detached()] * n_tasks
+        distinct = self._copies if apart else self._copies[:1]
+        self.inputs: list[Tensor] = [copy[i] for copy in distinct for i in self._cut]
+
+    def _detached(self) -> list[Any]:
+        copy = list(self._leaves)
+        for i in self._cut:
+            copy[i] = copy[i].detach().requires_grad_()
+        return copy
+
+    def of(self, k: int) -> Any:
+        """The features as the k-th head sees them."""
+        return pytree.tree_unflatten(self._copies[k], self._spec)
+
+    def sort(self, gradients: Sequence[Tensor | None]) -> list[Gradients]:
+        """Gradients of `inputs` as a list for each copy with an entry for each output."""
+        n = len(self.outputs)
+        return [list(gradients[i : i + n]) for i in range(0, len(gradients), n)] if n else []
+
+
+def through_trunk(
+    outputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    retain_graph: bool = False,
+) -> Gradients:
+    """Gradients of the trunk's parameters from gradients of its outputs: one trunk backward."""
+    ends = [z for z, g in zip(outputs, gradients, strict=True) if g is not None]
+    if not ends or not parameters:
+        return [None] * len(parameters)
+    starts = [g for g in gradients if g is not None]
+    return list(
+        torch.autograd.grad(ends, parameters, starts, retain_graph=retain_graph, allow_unused=True)
+    )
+
+
+def weighted_sum(per_task: Sequence[Gradients], weights: Tensor) -> Gradients:
+    """For each output the sum over tasks of weight times gradient; None where all are None."""
+    total: Gradients = []
+    for column in zip(*per_task, strict=True):
+        result = None
+        for weight, gradient in zip(weights.tolist(), column, strict=True):
+            if gradient is not None:
+                result = (
+                    gradient * weight if result is None else result.add_(gradient, alpha=weight)
+                )
+        total.append(result)
+    return total
+
+
+def feature_gram(per_task: Sequence[Gradients]) -> Tensor:
+    """(T, T) inner products of the tasks' feature gradients, over all outputs, float64."""
+    gram: Any = 0
+    for column in zip(*per_task, strict=True):
+        some = next((g for g in column if g is not None), None)
+        if some is not None:
+            flat = [torch.zeros_like(some) if g is None else g for g in column]
+            gram = gram + gram_matrix(torch.stack([g.reshape(-1) for g in flat]))
+    return gram

@@ -1,0 +1,62 @@
+"""What can go wrong, each with the name of the task and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class EquipoiseError(Exception):
+    """Base of every error that Equipoise raises on purpose."""
+
+
+class TaskError(EquipoiseError):
+    """Something is wrong with one task.
+
+    Stages know tasks by their position only; whoever knows the names calls `named`.
+
+    Args:
+        task: the task's name, or its position in the order of tasks.
+        problem: one sentence with the value and the mend.
+    """
+
+    def __init__(self, task: int | str, problem: str) -> None:
+        super().__init__(task, problem)
+        self.task = task
+        self.problem = problem
+
+    def named(self, tasks: Sequence[str]) -> TaskError:
+        """Replace the position by the name from `tasks`, in place; returns the error itself."""
+        if isinstance(self.task, int):
+            self.task = tasks[self.task]
+        return self
+
+    def __str__(self) -> str:
+        return f"task {self.task!r}: {self.problem}"
+
+
+class NonFiniteError(TaskError):
+    """A loss or a gradient of one task is NaN or infinite."""
+
+
+NOT_FINITE = (
+    "gradient is not finite. Lower the learning rate, look for a division or a logarithm at 0, "
+    "or leave this batch out."
+)
+
+
+class RecipeError(EquipoiseError, ValueError):
+    """A recipe that cannot be read."""
+
+
+class CombinationError(EquipoiseError, ValueError):
+    """Two stages that make no sense together; the message names both."""
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """The `known` words nearest to `word`, as the end of an error message."""
+    known = sorted(known)
+    close = get_close_matches(word.lower(), known, n=count, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+    return f"known are: {', '.join(known)}."

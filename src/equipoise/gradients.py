@@ -1,0 +1,152 @@
+"""backward: aggregated gradients for a loop, a model or a graph of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from equipoise.boundary import Gradients, feature_gram, through_trunk, weighted_sum
+from equipoise.errors import CombinationError, EquipoiseError, NonFiniteError, TaskError
+from equipoise.labels import check_loss
+from equipoise.linalg import finite_norm
+from equipoise.ranks import Ranks
+from equipoise.rows import Combination, Rows, coefficients, combine
+
+
+def backward(
+    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    shared: Iterable[nn.Parameter],
+    aggregator: Callable,
+    features: Any = None,
+) -> Combination:
+    """Fill `.grad` as `sum(losses).backward()` would, but aggregate on the shared parameters.
+
+    For a loop, a model or a graph of one's own. Gradients are added to what `.grad` holds, and
+    the graph is freed. Every other leaf that the losses reach (the heads' parameters) gets the
+    gradient of the summed losses. Under torch.distributed the losses are averaged over the
+    processes, which should hold batches of equal size.
+
+    Args:
+        losses: T scalar losses: a dict by task name, a sequence, or one tensor of shape (T,).
+        shared: the shared parameters.
+        aggregator: an aggregator, or any callable from rows (T, P) to a direction (P,).
+        features: what the shared part returned (a tensor, or nested dicts, lists and tuples).
+            If given, the aggregator works at the feature level (as MGDA-UB does): its rows are the
+            gradients of the features, and the shared part sees one backward instead of T.
+
+    Returns:
+        The Gram matrix (T, T) of the rows and the coefficients (T,).
+
+    Raises:
+        TaskError: a loss is not a scalar, not connected to a graph, or not finite.
+        NonFiniteError: a gradient is not finite. No `.grad` has changed in either case.
+        CombinationError: a callable without coefficients at the feature level.
+
+    Passes: T backwards; with `features` T through the heads and one through the shared part.
+    Memory: T x P; with `features` T times their size.
+    """
+    ranks = Ranks()
+    names, values = _scalar_losses(losses)
+    parameters = [p for p in shared if p.requires_grad]
+    own = {id(p) for p in parameters}
+    others = [leaf for leaf in _leaves(values.grad_fn) if id(leaf) not in own]
+    values = values / ranks.size  # this process's part of the joint losses
+    way = _by_rows if features is None else _by_features
+    try:
+        gradients, result = way(values, parameters, others, aggregator, features, ranks)
+    except TaskError as error:
+        raise error.named(names) from None
+    if finite_norm(gradients) is None:
+        raise EquipoiseError("a gradient outside the shared parameters is not finite.")
+    for p, gradient in zip((*parameters, *others), gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad + gradient
+    return result
+
+
+def _by_rows(
+    losses: Tensor,
+    parameters: list[nn.Parameter],
+    others: list[Tensor],
+    aggregator: Callable,
+    features: None,
+    ranks: Ranks,
+) -> tuple[Gradients, Combination]:
+    """One backward a task through everything."""
+    rows = Rows(parameters, len(losses), ranks)
+    rest: list[Gradients] = []
+    for i, loss in enumerate(losses):
+        found = torch.autograd.grad(
+            loss, (*parameters, *others), retain_graph=i < len(losses) - 1, allow_unused=True
+        )
+        rows.add(found[: len(parameters)])
+        rest.append(list(found[len(parameters) :]))
+    result, direction = combine(rows, aggregator, losses)
+    heads = ranks.sum_gradients(weighted_sum(rest, torch.ones(len(losses))), others)
+    return [*rows.per_parameter(direction), *heads], result
+
+
+def _by_features(
+    losses: Tensor,
+    parameters: list[nn.Parameter],
+    others: list[Tensor],
+    aggregator: Callable,
+    features: Any,
+    ranks: Ranks,
+) -> tuple[Gradients, Combination]:
+    """One backward a task down to the features, and one below."""
+    if not hasattr(aggregator, "coefficients"):
+        raise CombinationError(
+            f"{aggregator!r} has no coefficients(gram), which the feature level needs; leave "
+            "`features` out."
+        )
+    outputs = [z for z in pytree.tree_leaves(features) if isinstance(z, Tensor) and z.requires_grad]
+    sent_back: list[Gradients] = []
+    rest: list[Gradients] = []
+    for loss in losses:
+        found = torch.autograd.grad(loss, (*outputs, *others), retain_graph=True, allow_unused=True)
+        sent_back.append(list(found[: len(outputs)]))
+        rest.append(list(found[len(outputs) :]))
+    gram = ranks.sum(feature_gram(sent_back)).cpu()
+    w = coefficients(aggregator, gram, losses, ranks)
+    below = through_trunk(outputs, parameters, weighted_sum(sent_back, w))
+    heads = weighted_sum(rest, torch.ones(len(losses)))
+    gradients = ranks.sum_gradients([*below, *heads], [*parameters, *others])
+    return gradients, Combination(w, gram)
+
+
+def _scalar_losses(
+    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+) -> tuple[list[str], Tensor]:
+    """The names and the (T,) values of the losses, checked."""
+    if isinstance(losses, Tensor) and losses.dim() != 1:
+        raise EquipoiseError(f"losses has shape {tuple(losses.shape)}; it must be (T,).")
+    named = dict(losses) if isinstance(losses, Mapping) else dict(enumerate(losses))
+    if not named:
+        raise EquipoiseError("losses is empty; give at least one.")
+    for task, loss in named.items():
+        check_loss(task, loss)
+        if not loss.requires_grad:
+            raise TaskError(task, "loss is not connected to any parameter; was it detached?")
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(task, f"loss is {loss.item()}; leave this batch out.")
+    return [str(task) for task in named], torch.stack(list(named.values()))
+
+
+def _leaves(root: Any) -> list[Tensor]:
+    """The leaf tensors of the graph that ends at `root`."""
+    found: list[Tensor] = []
+    seen, todo = {root}, [root]
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return found

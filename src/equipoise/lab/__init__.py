@@ -1,0 +1,1 @@
+"""The lab: data, models, runs, comparisons, reports; everything above a single training step."""

@@ -1,0 +1,287 @@
+"""The command `equipoise`: train, compare, report, list."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from equipoise.diagnostics import Sign
+from equipoise.errors import EquipoiseError
+from equipoise.lab import data as datasets
+from equipoise.lab import models, report
+from equipoise.lab.comparison import (
+    Comparison,
+    Failure,
+    Job,
+    attempt,
+    run_folders,
+    run_name,
+    summary,
+)
+from equipoise.lab.config import ConfigError, RunConfig
+from equipoise.lab.progress import Display, Throttle
+from equipoise.lab.runs import Run, finished, refuse_another_run, seeded
+from equipoise.recipe import METHODS
+
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train one network on several tasks by many recipes, and see which is best.",
+)
+
+
+DEFAULT = RunConfig.model_construct()  # unchecked: "auto" is still "auto"
+
+Recipes = Annotated[
+    list[str], typer.Argument(metavar="RECIPE...", help="For example: ew igbv1 cagrad stl")
+]
+Seeds = Annotated[list[str], typer.Option(help="A comma list or a range: 0,1,2 or 0-4.")]
+DataName = Annotated[str, typer.Option("--data", help="Data set; see `equipoise list`.")]
+DataRoot = Annotated[str | None, typer.Option(help="Folder with the files of the data set.")]
+Model = Annotated[str, typer.Option(help="Network; see `equipoise list`.")]
+Epochs = Annotated[int, typer.Option(help="Passes through the training data.")]
+BatchSize = Annotated[int, typer.Option(help="Samples in a batch.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Precision = Annotated[str, typer.Option(help="32-true or bf16-mixed.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of one run.")]
+SignOption = Annotated[
+    Sign,
+    typer.Option(help="Delta_m as improvement in percent (higher is better) or as drop (lower)."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def equipoise(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Balanced multi-task training."""
+    if version:
+        from equipoise import __version__
+
+        print(f"equipoise {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="For example: igbv1+cagrad")],
+    data: DataName = DEFAULT.data,
+    data_root: DataRoot = None,
+    model: Model = DEFAULT.model,
+    epochs: Epochs = DEFAULT.epochs,
+    seed: Annotated[int, typer.Option(help="Of the initial weights, order and draws.")] = 0,
+    batch_size: BatchSize = DEFAULT.batch_size,
+    lr: LearningRate = DEFAULT.lr,
+    device: Device = DEFAULT.device,
+    precision: Precision = DEFAULT.precision,
+    threads: Threads = DEFAULT.threads,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/DATA-RECIPE-seedN.")
+    ] = None,
+) -> int:
+    """Train one network by one recipe. A killed run goes on when the command is given again."""
+    config = RunConfig.of(
+        recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
+        batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
+    )  # fmt: skip
+    folder = out or Path("runs", f"{config.data}-{run_name(config)}")
+    refuse_another_run(config, folder)
+    check([config])
+    writable(folder)
+    job = Job(config, folder)
+    if (outcome := finished(folder)) is None:
+        with Display(config.epochs, 1) as display:
+            outcome = attempt(job, Throttle(lambda *seen: display.update(job.name, *seen)))
+    if isinstance(outcome, Failure):
+        complain(f"{job.name} failed: {outcome.message}")
+        return FAILED
+    print(f"{job.name}: {summary(outcome)}")
+    print(f"The run: {folder}")
+    return DONE
+
+
+@app.command()
+def compare(
+    recipes: Recipes,
+    data: DataName = DEFAULT.data,
+    data_root: DataRoot = None,
+    model: Model = DEFAULT.model,
+    epochs: Epochs = DEFAULT.epochs,
+    seeds: Seeds = ["0"],  # noqa: B006 - typer copies it
+    batch_size: BatchSize = DEFAULT.batch_size,
+    lr: LearningRate = DEFAULT.lr,
+    device: Device = DEFAULT.device,
+    precision: Precision = DEFAULT.precision,
+    threads: Threads = DEFAULT.threads,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+    sign: SignOption = "improvement",
+    out: Annotated[
+        Path | None, typer.Option(help="Comparison folder; default runs/compare-DATA.")
+    ] = None,
+) -> int:
+    """Train every recipe with every seed; print one table and write it, with a page of pictures.
+
+    Given again, the command makes what is missing: finished runs are kept, others go on.
+    """
+    configs = [
+        RunConfig.of(
+            recipe=recipe,
+            data=data,
+            data_root=data_root,
+            model=model,
+            epochs=epochs,
+            seed=seed,
+            batch_size=batch_size,
+            lr=lr,
+            device=device,
+            precision=precision,
+            threads=threads,
+        )  # fmt: skip
+        for recipe in recipes
+        for seed in parse_seeds(seeds)
+    ]
+    comparison = Comparison(configs, out or Path("runs", f"compare-{data}"))
+    check(configs)
+    writable(comparison.out)
+    outcomes = comparison.run(jobs)
+    table = comparison.save(outcomes, sign)
+    print(table.text())
+    failures = sum(isinstance(outcome, Failure) for outcome in outcomes)
+    if failures < len(outcomes):
+        print(f"The page with the pictures: {comparison.out / 'report.html'}")
+    if failures:
+        complain(f"{failures} of {len(outcomes)} runs failed; see error.txt in their folders.")
+    return FAILED if failures else DONE
+
+
+@app.command("report")
+def write_report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Comparison or runs.")],
+    sign: SignOption = "improvement",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page; default: that of the runs.")
+    ] = None,
+) -> int:
+    """Write the page: table, learning curves, weights, conflicts, the tasks against each other."""
+    folders = [folder for given in runs for folder in run_folders(given)]
+    together = runs[0] if len(runs) == 1 else Path(os.path.commonpath([r.resolve() for r in runs]))
+    target = out or together
+    writable(target)
+    print(f"The page: {report.write(target, folders, sign)}")
+    return DONE
+
+
+@app.command("list")
+def list_names() -> None:
+    """Show the methods by axis, the data sets and the models."""
+    console = Console(highlight=False)
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for method in METHODS.values():
+        kinds.setdefault(method.axis, []).append((method.token, method.summary))
+    kinds["data"] = [(name, first_line(build)) for name, build in datasets.DATASETS.items()]
+    kinds["model"] = [(name, first_line(build)) for name, build in models.MODELS.items()]
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for kind, entries in kinds.items():
+        for i, (name, text) in enumerate(entries):
+            table.add_row("" if i else kind, name, text, end_section=i == len(entries) - 1)
+    console.print(table)
+    console.print(
+        "\nA recipe joins one of each axis: igbv1+cagrad. stl is the single-task baseline."
+    )
+
+
+def parse_seeds(given: list[str]) -> list[int]:
+    """The seeds of "0,1,2", "0-4" or a mixture.
+
+    Raises:
+        ConfigError: it cannot be read, or names a seed twice.
+    """
+    if len(given) > 1:
+        raise ConfigError(f"--seeds is given {len(given)} times; write --seeds {','.join(given)}.")
+    seeds: list[int] = []
+    for part in given[0].split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found or (found[2] and int(found[2]) < int(found[1])):
+            raise ConfigError(f"seeds {given[0]!r} cannot be read; write 0,1,2 or 0-4.")
+        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise ConfigError(f"seed {twice[0]} is given twice; give each seed once.")
+    return seeds
+
+
+def check(configs: list[RunConfig]) -> None:
+    """Build everything that the runs need, once for each recipe, before the first one starts.
+
+    Raises:
+        EquipoiseError: what cannot be had.
+        ConfigError: the same, from parts that raise a plain ValueError.
+    """
+    data = None
+    for config in {config.recipe: config for config in configs}.values():
+        try:
+            with seeded(config):
+                data = Run(config, data).data
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def writable(folder: Path) -> None:
+    """Make `folder` and try it.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder} ({error.strerror}); choose another --out."
+        ) from None
+
+
+def first_line(thing: Callable[..., Any]) -> str:
+    """The first line of a docstring."""
+    return (thing.__doc__ or "").strip().split("\n")[0]
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"equipoise: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point: runs the command and exits with 0, 1, 2 or 130."""
+    try:
+        status = app(prog_name="equipoise", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except EquipoiseError as error:
+        complain(str(error))
+        status = WRONG_USE
+    except Exception as error:
+        # Typer brings its own click, older ones import it: known by what all usage errors have.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        complain(describe())
+        status = WRONG_USE
+    if status == INTERRUPTED:
+        complain("interrupted; the same command goes on after the last finished epoch.")
+    sys.exit(status or DONE)

@@ -1,0 +1,98 @@
+"""RunConfig: everything on which the numbers of one run depend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from equipoise.errors import EquipoiseError
+from equipoise.recipe import Recipe
+
+
+class ConfigError(EquipoiseError, ValueError):
+    """A run that cannot be as it was asked for; one sentence that says what to change."""
+
+
+class RunConfig(BaseModel):
+    """One run: one recipe, one seed. The same configuration gives the same numbers.
+
+    Build it with `RunConfig.of`, which reports a wrong value as a `ConfigError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    recipe: str
+    """Written in the canonical form, whatever was given: "CAGrad+IGBv1" becomes "igbv1+cagrad"."""
+    data: str = "multidigits"
+    data_root: str | None = None
+    """Folder with the files of the data set; None for a set that comes along."""
+    model: str = "lenet"
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    """Learning rate of Adam."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: str = "auto"
+    """"cpu", "cuda" or "cuda:1"; "auto" becomes the one that is there."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    threads: int = Field(1, ge=1)
+    """CPU threads of torch. Part of the configuration, for sums depend on it in the last digit."""
+
+    @field_validator("recipe")
+    @classmethod
+    def _canonical(cls, recipe: str) -> str:
+        return str(Recipe.parse(recipe))
+
+    @field_validator("device")
+    @classmethod
+    def _available(cls, device: str) -> str:
+        if device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError(f"device {device!r} is not known; give auto, cpu, cuda or cuda:1.")
+        if device != "cpu" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {device!r} is not there; torch sees {torch.cuda.device_count()} CUDA "
+                "devices. Give --device cpu."
+            )
+        return device
+
+    @classmethod
+    def of(cls, **values: Any) -> RunConfig:
+        """A configuration from its fields.
+
+        Raises:
+            ConfigError: a value is not possible; names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error)) from None
+
+
+def refuse_difference(there: Mapping[str, Any], here: Mapping[str, Any], folder: object) -> None:
+    """What lies in `folder` can only be gone on with under the configuration that began it.
+
+    Raises:
+        ConfigError: names the first field that differs, with both values.
+    """
+    for key in (*here, *(key for key in there if key not in here)):
+        if there.get(key) != here.get(key):
+            raise ConfigError(
+                f"{folder} was begun with {key} {there.get(key)!r}, not {here.get(key)!r}; "
+                "choose another --out, or remove that folder."
+            )
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if cause is not None:  # one of our own sentences
+        return str(cause)
+    name = ".".join(map(str, first["loc"]))
+    text = first["msg"]
+    return f"{name} is {first['input']!r}: {text[:1].lower()}{text[1:]}."

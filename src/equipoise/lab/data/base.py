@@ -1,0 +1,94 @@
+"""What a data set is to the lab: tasks, and three splits held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from equipoise.errors import EquipoiseError
+from equipoise.lab.tasks import Task
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class DataError(EquipoiseError, ValueError):
+    """A data set that is not known, or whose files are not where they are expected."""
+
+
+class Split(Dataset[Batch]):
+    """N samples in memory; several indices at once give a batch in one indexing operation.
+
+    Args:
+        inputs: (N, ...).
+        targets: task name -> (N, ...).
+
+    Raises:
+        ValueError: targets that are not as many as the inputs.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        for task, target in targets.items():
+            if len(target) != len(inputs):
+                raise ValueError(
+                    f"task {task!r}: {len(target)} targets for {len(inputs)} inputs; give as many."
+                )
+        self.inputs = inputs
+        self.targets = dict(targets)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: Tensor | Sequence[int] | int) -> Batch:
+        """The batch (B, ...) at several indices, or the one sample (...) at an int."""
+        targets = {task: target[index] for task, target in self.targets.items()}
+        return self.inputs[index], targets
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    Args:
+        name: the name in the registry.
+        tasks: in the order in which the splits' targets have them.
+        train: the samples to train on.
+        val: the samples by which a model is selected.
+        test: the samples that are measured once, at the end.
+        input_shape: shape of one input, (channels, height, width) for images.
+        description: one sentence for `equipoise list` and the report page.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    train: Split
+    val: Split
+    test: Split
+    input_shape: tuple[int, ...]
+    description: str
+
+
+def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLoader[Batch]:
+    """Batches of `split`, the last one smaller where the numbers do not divide.
+
+    Random numbers come from a generator of the loader's own, so neither making nor using a
+    loader moves torch's global generator.
+
+    Args:
+        split: the samples.
+        batch_size: samples in a batch.
+        shuffle_seed: None: in order. A number: shuffled anew in each pass, and loaders made with
+            the same seed go through the same passes. An epoch that must be repeatable by itself
+            (to resume a run there) takes a loader with a seed of its own.
+    """
+    generator = torch.Generator().manual_seed(shuffle_seed or 0)
+    order = (
+        SequentialSampler(split)
+        if shuffle_seed is None
+        else RandomSampler(split, generator=generator)
+    )
+    batches = BatchSampler(order, batch_size, drop_last=False)
+    return DataLoader(split, sampler=batches, batch_size=None, generator=generator)

@@ -1,0 +1,92 @@
+"""What is measured on a network between epochs; nothing here trains, draws or selects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.diagnostics import conflict_share
+from equipoise.lab.data.base import Batch
+from equipoise.lab.tasks import Task
+from equipoise.trunk import SharedTrunk
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@torch.no_grad()
+def evaluate(
+    model: SharedTrunk, tasks: Sequence[Task], batches: Iterable[Batch], autocast: Autocast
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean loss and metric over all labelled samples of `batches`.
+
+    Returns:
+        Task name -> mean loss, and task name -> value of the metric in the task's unit; NaN for a
+        task without a single label.
+    """
+    device = next(model.parameters()).device
+    metrics = {task.name: task.metric().to(device) for task in tasks}
+    total = dict.fromkeys(metrics, 0.0)
+    count = dict.fromkeys(metrics, 0)
+    model.eval()
+    for inputs, targets in batches:
+        with autocast():
+            outputs = model(inputs)
+        for task in tasks:
+            output, target = labelled(outputs[task.name].float(), targets[task.name])
+            if len(target):
+                total[task.name] += float(task.loss(output, target)) * len(target)
+                count[task.name] += len(target)
+                task.update(metrics[task.name], output, target)
+    losses = {name: total[name] / n if n else float("nan") for name, n in count.items()}
+    values = {
+        name: float(metric.compute()) if count[name] else float("nan")
+        for name, metric in metrics.items()
+    }
+    return losses, values
+
+
+def conflict(
+    model: SharedTrunk, tasks: Sequence[Task], batches: Iterable[Batch], autocast: Autocast
+) -> float:
+    """Percent of task pairs whose gradients conflict, mean over `batches`.
+
+    The same measure for every recipe, also for those that form no task gradients: plain losses,
+    shared parameters, evaluation mode (so that nothing is drawn and no buffer moves). A task
+    without a label in a batch conflicts with none there.
+    """
+    shared = [p for p in model.shared_parameters() if p.requires_grad]
+    grams = []
+    model.eval()
+    for inputs, targets in batches:
+        with autocast():
+            outputs = model(inputs)
+            pairs = [labelled(outputs[task.name], targets[task.name]) for task in tasks]
+            losses = [
+                task.loss(output, target) if len(target) else output.sum()
+                for task, (output, target) in zip(tasks, pairs, strict=True)
+            ]
+        rows = torch.stack([_flat_gradient(loss, shared) for loss in losses]).double()
+        grams.append(rows @ rows.T)
+    return mean_conflict(grams)
+
+
+def mean_conflict(grams: Sequence[Tensor]) -> float:
+    """Percent of conflicting task pairs, mean over inner products (T, T)."""
+    return float(torch.as_tensor(conflict_share(torch.stack(list(grams)))).mean())
+
+
+def labelled(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and target of the samples whose target is not missing (NaN)."""
+    missing = target.isnan().reshape(len(target), -1).any(1)
+    return output[~missing], target[~missing]
+
+
+def _flat_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """(P,) the gradient of `loss`; zeros for the parameters that it does not reach."""
+    found = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return torch.cat([gradient.flatten() for gradient in found])

@@ -1,0 +1,302 @@
+"""The pictures of a comparison, as matplotlib figures, and their form in a page.
+
+Every function makes one small picture that stays legible on a telephone; a page puts several side
+by side. A recipe has the same colour and marker in all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from equipoise.diagnostics import delta_m
+from equipoise.lab.summary import SINGLE_TASK, Metric, Row, Summary
+
+History = Mapping[str, np.ndarray]
+"""One run: column of metrics.csv -> (epochs,) values, NaN where the cell is empty."""
+Histories = Mapping[str, Sequence[History]]
+"""Recipe -> its runs."""
+
+INK = "#010203"  # becomes the colour of the page's text, so that one picture suits light and dark
+# Colours that stay apart for colour-blind eyes (after Okabe and Ito), with a contrast of 3 to 1
+# against white and against nearly black.
+COLOURS = ("#0072b2", "#d55e00", "#00916a", "#bf6a98", "#bd8000", "#3d97cc", "#7d62c4", "#8b8b2f")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH, HEIGHT = 4.8, 3.0  # inches; the height without a key, which is the page's business
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a "$" in a task's name is a "$"
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.7,
+    "axes.formatter.useoffset": False,
+    "grid.color": INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's fonts
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a recipe or a task is drawn, in every picture."""
+
+    colour: str
+    marker: str
+    dashes: str = "-"
+
+
+def looks(names: Sequence[str], first: int = 0) -> dict[str, Look]:
+    """A look for each name; the single-task baseline is dashed, in the colour of text."""
+    found = {}
+    n = first
+    for name in names:
+        if name == SINGLE_TASK:
+            found[name] = Look(INK, "x", "--")
+        else:
+            dashes = ("-", "--", ":", "-.")[n // len(COLOURS) % 4]
+            found[name] = Look(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)], dashes)
+            n += 1
+    return found
+
+
+def curves(
+    histories: Histories,
+    column: str,
+    title: str,
+    label: str,
+    look: Mapping[str, Look],
+    *,
+    factor: float = 1.0,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """One column over the epochs: a line for the mean over seeds, a band from least to greatest.
+
+    The vertical axis fits what comes after the first fifth of training, where curves differ by
+    less than in the first epochs; `limits` sets it instead.
+
+    Args:
+        histories: the runs of each recipe; runs without the column are left out.
+        column: of metrics.csv.
+        title: above the picture.
+        label: of the vertical axis, with the unit.
+        look: of each recipe.
+        factor: the values are multiplied by it, 100 for percent.
+        limits: of the vertical axis.
+    """
+    with _axes(title) as (figure, axes):
+        late: list[np.ndarray] = []
+        for i, (recipe, runs) in enumerate(histories.items()):
+            found = over_epochs(runs, column)
+            if found is not None:
+                epochs, values = found[0], factor * found[1]
+                late.append(values[:, epochs > epochs.max() / 5])
+                _line(axes, epochs, values, look[recipe], i)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        elif late:
+            together = np.concatenate([part.ravel() for part in late])
+            together = together[np.isfinite(together)]
+            if len(together) and np.ptp(together) > 0:
+                margin = 0.06 * np.ptp(together)
+                axes.set_ylim(together.min() - margin, together.max() + margin)
+        _epoch_axis(axes, label)
+    return figure
+
+
+def task_curves(
+    runs: Sequence[History], kind: str, tasks: Sequence[str], title: str, look: Mapping[str, Look]
+) -> Figure | None:
+    """The columns `kind`/task of one recipe over the epochs, a line a task.
+
+    Args:
+        runs: one a seed.
+        kind: "weight" or "coefficient".
+        tasks: their names.
+        title: above the picture.
+        look: of each task.
+
+    Returns:
+        The picture; None when there is nothing to see: no number, or the same for all tasks all
+        the time.
+    """
+    found = {task: over_epochs(runs, f"{kind}/{task}") for task in tasks}
+    known = {task: pair for task, pair in found.items() if pair is not None}
+    if not known or constant(runs, kind, tasks) is not None:
+        return None
+    with _axes(title) as (figure, axes):
+        for i, (task, (epochs, values)) in enumerate(known.items()):
+            _line(axes, epochs, values, look[task], i)
+        _epoch_axis(axes, f"{kind}, mean of the epoch")
+    return figure
+
+
+def constant(runs: Sequence[History], kind: str, tasks: Sequence[str]) -> float | None:
+    """The value that all columns `kind`/task have all the time; None if they have not."""
+    parts = [run[f"{kind}/{t}"] for run in runs for t in tasks if f"{kind}/{t}" in run]
+    values = np.concatenate(parts) if parts else np.empty(0)
+    values = values[np.isfinite(values)]
+    if not len(values) or np.ptp(values) > 1e-6 * np.abs(values).max():
+        return None
+    return float(values[0])
+
+
+def plane(summary: Summary, x: Metric, y: Metric, look: Mapping[str, Look]) -> Figure:
+    """Two tasks against each other on the test split: a marker a recipe, faint ones its seeds.
+
+    Dashed lines go through the single-task baseline: what is beyond both of them is better than
+    it in both tasks.
+    """
+    with _axes("") as (figure, axes):
+        for row in summary.rows:
+            if x.task not in row.metrics or y.task not in row.metrics:
+                continue
+            xs, ys = (row.metrics[m.task].times(100 if m.percent else 1) for m in (x, y))
+            if row.recipe == SINGLE_TASK:
+                axes.axvline(xs.mean, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
+                axes.axhline(ys.mean, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
+            _point(axes, xs.values, ys.values, xs.mean, ys.mean, look[row.recipe])
+        arrows = [f"{m.task} {m.label} {'→' if m.higher_is_better else '←'} better" for m in (x, y)]
+        axes.set(xlabel=arrows[0], ylabel=arrows[1])
+        axes.margins(0.1)
+    return figure
+
+
+def tasks_against(summary: Summary, baseline: Row, look: Mapping[str, Look]) -> Figure | None:
+    """Each task a line: by how many percent each recipe is better there than `baseline`.
+
+    Returns:
+        The picture; None if no task has a difference to the baseline that is defined.
+    """
+    metrics = [m for m in summary.metrics if m.task in baseline.metrics]
+    metrics = [m for m in metrics if baseline.metrics[m.task].mean != 0]
+    if not metrics:
+        return None
+    with _axes("", height=1.0 + 0.42 * len(metrics)) as (figure, axes):
+        rows = [row for row in summary.rows if row is not baseline]
+        axes.axvline(0, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
+        for n, metric in enumerate(metrics):
+            reference = [baseline.metrics[metric.task].mean]
+            for i, row in enumerate(rows):
+                if metric.task not in row.metrics:
+                    continue
+                values = row.metrics[metric.task].values
+                better = [delta_m([v], reference, [metric.higher_is_better]) for v in values]
+                level = n + 0.6 * ((i + 0.5) / len(rows) - 0.5)
+                mean = float(np.mean(better))
+                _point(axes, better, [level] * len(better), mean, level, look[row.recipe])
+        axes.set_yticks(range(len(metrics)), [m.task for m in metrics])
+        axes.set_ylim(len(metrics) - 0.5, -0.5)
+        axes.set_xlabel(f"improvement over {baseline.recipe} (%) → better")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        for n in range(1, len(metrics)):
+            axes.axhline(n - 0.5, color=INK, lw=0.6, alpha=0.13)
+    return figure
+
+
+def over_epochs(runs: Sequence[History], column: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(E,) epochs and (seeds, E) values, NaN where a run has none; None if no run has any."""
+    known = [run for run in runs if column in run and np.isfinite(run[column]).any()]
+    if not known:
+        return None
+    epochs = np.unique(np.concatenate([run["epoch"] for run in known]))
+    values = np.full((len(known), len(epochs)), np.nan)
+    for row, run in zip(values, known, strict=True):
+        row[np.searchsorted(epochs, run["epoch"])] = run[column]
+    return epochs, values
+
+
+def svg(figure: Figure, description: str) -> str:
+    """The figure as an element to stand in a page, in the text colour of the page around it.
+
+    Args:
+        figure: any of the above.
+        description: for those who do not see the picture; any text.
+    """
+    salt = hashlib.sha256(description.encode()).hexdigest()  # the same page for the same runs
+    text = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # would be there twice in a page
+    drawing = re.sub(rf"((?:fill|stroke): ?){INK}", r"\1currentColor", drawing)
+    box = re.search(r'viewBox="[^"]*"', drawing)
+    label = html.escape(description, quote=True)
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{label}" '
+    body = drawing[drawing.index(">") + 1 :]
+    return f"{head}{box[0] if box else ''}>{body}"
+
+
+def key(look: Look) -> str:
+    """A sample of a line with its marker, to stand in a page beside the name."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.42, 0.16))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set(xlim=(-1, 1), ylim=(-1, 1))
+        axes.plot([-1, 1], [0, 0], color=look.colour, ls=look.dashes)
+        axes.plot([0], [0], color=look.colour, marker=look.marker)
+    return svg(figure, "").replace('role="img" aria-label=""', 'aria-hidden="true" class="key"')
+
+
+@contextmanager
+def _axes(title: str, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        if title:
+            axes.set_title(title)
+        yield figure, axes
+
+
+def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, look: Look, turn: int) -> None:
+    known = np.ma.masked_invalid(values)
+    every = max(1, len(epochs) // 5)
+    axes.plot(
+        epochs,
+        known.mean(0),
+        color=look.colour,
+        ls=look.dashes,
+        marker=look.marker,
+        markevery=(turn % every, every),  # not all markers on top of each other
+    )
+    if len(values) > 1:
+        low, high = known.min(0), known.max(0)
+        axes.fill_between(epochs, low, high, color=look.colour, alpha=0.15, lw=0)
+
+
+def _point(axes: Axes, xs: Any, ys: Any, x: float, y: float, look: Look) -> None:
+    axes.plot(xs, ys, ls="", marker=look.marker, ms=3.5, color=look.colour, alpha=0.4, mew=0.8)
+    axes.plot([x], [y], ls="", marker=look.marker, ms=7.5, color=look.colour, zorder=3)
+
+
+def _epoch_axis(axes: Axes, label: str) -> None:
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

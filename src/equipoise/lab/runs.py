@@ -1,0 +1,299 @@
+"""One run: one recipe, one seed, a folder that a killed run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from equipoise.lab import data as datasets
+from equipoise.lab import models
+from equipoise.lab.config import RunConfig, refuse_difference
+from equipoise.lab.data import Data, Split, loader
+from equipoise.lab.data.base import Batch
+from equipoise.lab.evaluation import conflict, evaluate, mean_conflict
+from equipoise.lab.files import read_json, replacing, write_json, write_rows
+from equipoise.recipe import Recipe
+from equipoise.step import StepReport
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision
+
+Progress = Callable[[float, StepReport], None]
+"""Called after each step with the epochs done, fractions included, and the step's report."""
+
+PROBES = 8  # batches on which conflict/probe is measured
+PACKAGES = ("equipoise", "torch", "numpy", "scipy", "lightning-fabric", "torchmetrics",
+            "scikit-learn")  # fmt: skip
+
+
+class Result(TypedDict):
+    """What result.json holds. `val` and `test` are those of the best epoch by `score` on `val`."""
+
+    recipe: str
+    seed: int
+    data: str
+    model: str
+    tasks: list[dict[str, Any]]
+    epochs: int
+    best_epoch: int | dict[str, int]
+    val: dict[str, float]
+    test: dict[str, float]
+    train_seconds: float
+    parameters: int
+    finished: str
+
+
+def train(config: RunConfig, folder: str | Path, progress: Progress | None = None) -> Result:
+    """Make the run, or what is left of it, in `folder`; a finished run is read, not repeated.
+
+    A run that was killed goes on after its last finished epoch, and ends with the numbers that it
+    would have had (the times apart).
+
+    Raises:
+        ConfigError: `folder` holds a run with another configuration.
+        OSError: `folder` cannot be written.
+        EquipoiseError: what went wrong in training, with the name of the task.
+    """
+    folder = Path(folder)
+    refuse_another_run(config, folder)
+    if (result := finished(folder)) is not None:
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    with seeded(config):
+        run = Run(config)
+        write_json(folder / "config.json", config.model_dump(mode="json"))
+        write_json(folder / "environment.json", environment(run))
+        run.resume(folder)
+        while len(run.rows) < config.epochs:
+            trained = run.train_epoch(progress)
+            run.rows.append({**trained, **run.validate(), "conflict/probe": run.probe()})
+            run.save(folder)
+        result = run.result()
+    write_json(folder / "result.json", result)
+    return result
+
+
+class Run:
+    """The state of a run between two epochs.
+
+    Args:
+        config: what to run.
+        data: the data set, if it is at hand already.
+
+    Raises:
+        EquipoiseError, ValueError: the recipe, the data or the model cannot be had like this.
+    """
+
+    def __init__(self, config: RunConfig, data: Data | None = None) -> None:
+        self.config = config
+        self.data = data or datasets.load(config.data, config.data_root)
+        device = torch.device(config.device)
+        self.fabric = Fabric(
+            accelerator=device.type,
+            devices=1 if device.type == "cpu" else [device.index or 0],
+            precision=config.precision,
+        )
+        model = models.build(config.model, self.data)
+        self.fabric.to_device(model)
+        losses = {task.name: task.loss for task in self.data.tasks}
+        self.steps = len(loader(self.data.train, config.batch_size, shuffle_seed=None))
+        self.step = Recipe.parse(config.recipe).build(
+            model, losses, config.lr, self.steps, seed=config.seed
+        )
+        self.model = self.step.model  # for the baseline, one network a task
+        self.rows: list[dict[str, Any]] = []
+        self.best: list[dict[str, Any]] = []  # one for each group of tasks that share a network
+
+    def train_epoch(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Go through the training data once; the first columns of metrics.csv."""
+        epoch = len(self.rows) + 1
+        batches = self.batches(self.data.train, shuffle_seed=epoch_seed(self.config.seed, epoch))
+        reports: list[StepReport] = []
+        self.model.train()
+        start = time.perf_counter()
+        for inputs, targets in batches:
+            with self.fabric.autocast():
+                reports.append(self.step(inputs, targets))
+            if progress is not None:
+                progress(epoch - 1 + len(reports) / self.steps, reports[-1])
+        seconds = time.perf_counter() - start
+
+        names = self.model.tasks
+        lr = self.step.optimizer.param_groups[0]["lr"]
+        grams = [r.gram for r in reports if r.gram is not None]
+        return {
+            "epoch": epoch,
+            "seconds": seconds,
+            "lr": lr,
+            **columns("loss/train", names, (r.losses for r in reports)),
+            **columns("weight", names, (r.weights for r in reports)),
+            **columns("coefficient", names, (r.coefficients for r in reports)),
+            "conflict/steps": mean_conflict(grams) if grams else None,
+        }
+
+    def validate(self) -> dict[str, Any]:
+        """Measure on the validation split, and keep each network that is better than before."""
+        losses, values = self.measure(self.data.val)
+        tasks = {task.name: task for task in self.data.tasks}
+        scores = {name: tasks[name].score(value) for name, value in values.items()}
+        for i, group in enumerate(self.model.groups):
+            score = float(np.mean([scores[name] for name in group]))
+            if i < len(self.best) and not score > self.best[i]["score"]:
+                continue
+            state = {
+                key: value.detach().cpu().clone()
+                for key, value in self.model.group_state(group).items()
+            }
+            kept = {"score": score, "epoch": len(self.rows) + 1, "state": state}
+            self.best[i : i + 1] = [{**kept, "val": {name: values[name] for name in group}}]
+        return {
+            **{f"loss/val/{name}": loss for name, loss in losses.items()},
+            **{f"{tasks[name].metric_name}/val/{name}": value for name, value in values.items()},
+            "score": float(np.mean(list(scores.values()))),
+        }
+
+    def measure(self, split: Split) -> tuple[dict[str, float], dict[str, float]]:
+        """Losses and metrics of the present networks on `split`."""
+        batches = self.batches(split, shuffle_seed=None)
+        return evaluate(self.model, self.data.tasks, batches, self.fabric.autocast)
+
+    def probe(self) -> float:
+        """Percent of conflicting task pairs on training batches that are the same in every run."""
+        batches = islice(self.batches(self.data.train, shuffle_seed=0), PROBES)
+        return conflict(self.model, self.data.tasks, batches, self.fabric.autocast)
+
+    def batches(self, split: Split, shuffle_seed: int | None) -> Iterable[Batch]:
+        """The batches of `split`, on the device."""
+        batches = loader(split, self.config.batch_size, shuffle_seed=shuffle_seed)
+        return cast("Iterable[Batch]", self.fabric.setup_dataloaders(batches))
+
+    def save(self, folder: Path) -> None:
+        """Write what a resumed run needs, and the table of the epochs."""
+        write_rows(folder / "metrics.csv", self.rows)
+        with replacing(folder / "checkpoint.ckpt") as file:
+            torch.save({"step": self.step.state_dict(), "rows": self.rows, "best": self.best}, file)
+
+    def resume(self, folder: Path) -> None:
+        """Go back to the last epoch that was saved in `folder`, if there is one."""
+        path = folder / "checkpoint.ckpt"
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.step.load_state_dict(state["step"])
+            self.rows, self.best = state["rows"], state["best"]
+
+    def result(self) -> Result:
+        """Measure the best networks on the test split; for the first and only time."""
+        self.model.load_state_dict({k: v for kept in self.best for k, v in kept["state"].items()})
+        _, test = self.measure(self.data.test)
+        groups = list(zip(self.model.groups, self.best, strict=True))
+        epochs = {name: kept["epoch"] for group, kept in groups for name in group}
+        return {
+            "recipe": self.config.recipe,
+            "seed": self.config.seed,
+            "data": self.config.data,
+            "model": self.config.model,
+            "tasks": [
+                {
+                    "name": t.name,
+                    "kind": t.kind,
+                    "metric": t.metric_name,
+                    "higher_is_better": t.higher_is_better,
+                    "unit": t.unit,
+                }
+                for t in self.data.tasks
+            ],  # fmt: skip
+            "epochs": self.config.epochs,
+            "best_epoch": epochs if len(groups) > 1 else groups[0][1]["epoch"],
+            "val": {name: value for kept in self.best for name, value in kept["val"].items()},
+            "test": test,
+            "train_seconds": sum(row["seconds"] for row in self.rows),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+def finished(folder: str | Path) -> Result | None:
+    """The result of the run in `folder`, if it has come to its end."""
+    path = Path(folder) / "result.json"
+    return read_json(path) if path.exists() else None
+
+
+def refuse_another_run(config: RunConfig, folder: str | Path) -> None:
+    """A folder holds one run; going on with another configuration would mix two.
+
+    Raises:
+        ConfigError: names the first field that differs, with both values.
+    """
+    path = Path(folder) / "config.json"
+    if path.exists():
+        refuse_difference(read_json(path), config.model_dump(mode="json"), folder)
+
+
+@contextmanager
+def seeded(config: RunConfig) -> Generator[None]:
+    """Random numbers and threads as `config` says; the caller's own come back afterwards."""
+    threads = torch.get_num_threads()
+    device = torch.device(config.device)
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """The seed of one epoch's order.
+
+    A function of seed and epoch alone, so that a resumed run meets the same batches.
+    """
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def columns(
+    kind: str, names: Sequence[str], vectors: Iterable[Tensor | None]
+) -> dict[str, float | None]:
+    """Columns "loss/train/left" and so on, from one vector (T,) for each step.
+
+    The mean over the steps, without those in which the task was absent (NaN); None, an empty
+    cell, where a stage does not say.
+    """
+    known = [vector for vector in vectors if vector is not None]
+    values = torch.stack(known).nanmean(0).tolist() if known else [None] * len(names)
+    return {f"{kind}/{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """What the numbers may depend on besides the configuration."""
+    device = run.fabric.device
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,120 @@
+"""What a batch must look like: absent tasks, missing labels, masks, scalar losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from equipoise.errors import EquipoiseError, TaskError, nearest
+from equipoise.ranks import Ranks
+
+
+class Labels:
+    """The targets of one batch, without the samples that have none.
+
+    A task may be absent from `targets` altogether. Within a task, samples whose target holds a
+    NaN and samples that `masks` rules out do not count.
+
+    Args:
+        tasks: all task names, in order.
+        targets: task name -> target, samples first.
+        masks: task name -> bool tensor (B,), True for samples that count; tasks may be left out.
+        ranks: the processes that train together.
+
+    Attributes:
+        tasks: all T tasks.
+        names: the T' tasks that have a label in some process, in order.
+        present: (T,) bool, True for these.
+        shares: (T',) the part of each one's labelled samples that this process holds.
+
+    Raises:
+        EquipoiseError: `targets` is empty.
+        TaskError: an unknown name in `targets` or `masks`, or a mask of the wrong kind or shape.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        targets: Mapping[str, Any],
+        masks: Mapping[str, Tensor] | None,
+        ranks: Ranks,
+    ) -> None:
+        masks = masks or {}
+        for given, what in ((targets, "target"), (masks, "mask")):
+            if not isinstance(given, Mapping):
+                raise EquipoiseError(
+                    f"{what}s must be a dict by task name, not {type(given).__name__}."
+                )
+            for name in given:
+                if name not in tasks:
+                    raise TaskError(
+                        str(name),
+                        f"has a {what} but the model has no such task; "
+                        + nearest(str(name), tasks),
+                    )
+        if not targets:
+            raise EquipoiseError("targets is empty; give at least one task's target.")
+        self.tasks = tuple(tasks)
+        self._targets = targets
+        self._keep = {task: _labelled(task, targets[task], masks.get(task)) for task in targets}
+        counts = torch.tensor([self._count(task) for task in tasks])
+        totals = ranks.sum(counts.clone())
+        self.present = totals > 0
+        self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
+        self.shares = (counts / totals)[self.present]
+
+    def _count(self, task: str) -> float:
+        if task not in self._targets:
+            return 0.0
+        keep = self._keep[task]
+        if keep is not None:
+            return float(keep.sum())
+        target = self._targets[task]
+        return float(len(target)) if isinstance(target, Tensor) and target.dim() else 1.0
+
+    def here(self, task: str) -> bool:
+        """Whether this process has a label of the task."""
+        return self._count(task) > 0
+
+    def pair(self, task: str, output: Any) -> tuple[Any, Any]:
+        """The output and the target of a task, for the samples that count."""
+        keep = self._keep[task]
+        if keep is None:
+            return output, self._targets[task]
+        chosen = pytree.tree_map(lambda x: x[keep] if isinstance(x, Tensor) else x, output)
+        return chosen, self._targets[task][keep]
+
+
+def _labelled(task: str, target: Any, mask: Tensor | None) -> Tensor | None:
+    """(B,) bool, True where a sample counts; None if all do."""
+    if not isinstance(target, Tensor) or target.dim() == 0:
+        if mask is not None:
+            raise TaskError(task, "has a mask, but its target is no tensor with samples first.")
+        return None
+    keep = None
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != target.shape[:1]:
+            raise TaskError(
+                task,
+                f"mask is {mask.dtype} of shape {tuple(mask.shape)}; give a bool tensor of shape "
+                f"({len(target)},).",
+            )
+        keep = mask
+    if target.is_floating_point():
+        known = ~torch.isnan(target).reshape(len(target), -1).any(1)
+        keep = known if keep is None else keep & known
+    return None if keep is None or bool(keep.all()) else keep
+
+
+def check_loss(task: int | str, loss: Any) -> None:
+    """A loss must be a scalar tensor, or TaskError."""
+    if not isinstance(loss, Tensor):
+        raise TaskError(task, f"loss is a {type(loss).__name__}; return a scalar tensor.")
+    if loss.dim() != 0:
+        raise TaskError(
+            task, f"loss has shape {tuple(loss.shape)}; return a scalar, for example its mean."
+        )

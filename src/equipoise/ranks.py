@@ -1,0 +1,91 @@
+"""The processes that train together under torch.distributed; alone, nothing to do.
+
+Each process holds its part of the batch. Losses become those of the joint batch, gradients are
+summed over the processes, and of the rows each process keeps one slice of the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """All processes of the default group, or this one alone if there is no group."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.size: int = dist.get_world_size() if together else 1
+        # What lies on the CPU travels on the GPU where the backend knows nothing else.
+        on_gpu = self.size > 1 and dist.get_backend() == "nccl"
+        self._wire = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is only this process."""
+        return self.size == 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.alone:
+            return tensor
+        sent = tensor.to(self._wire) if self._wire else tensor
+        dist.all_reduce(sent)
+        return sent.to(tensor.device)
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """What the first process has: for what must be equal to the last bit."""
+        if self.alone:
+            return tensor
+        sent = (tensor.to(self._wire) if self._wire else tensor).contiguous()
+        dist.broadcast(sent, 0)
+        return sent.to(tensor.device)
+
+    def joint_losses(self, losses: Tensor, shares: Tensor) -> Tensor:
+        """The mean losses of the joint batch, as numbers.
+
+        Args:
+            losses: (T,) detached mean losses over this process's samples; anything where it has
+                none.
+            shares: (T,) this process's part of the joint batch's samples, between 0 and 1.
+        """
+        if self.alone:
+            return losses
+        return self.sum(torch.where(shares > 0, losses * shares, 0.0))
+
+    def sum_gradients(
+        self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Gradients summed over the processes; None only where no process has one."""
+        if self.alone or not like:
+            return list(gradients)
+        parts = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, like, strict=True)
+        ]
+        reached = like[0].new_tensor([float(g is not None) for g in gradients])
+        flat = self.sum(torch.cat([part.reshape(-1) for part in (*parts, reached)]))
+        *pieces, reached = flat.split([part.numel() for part in (*parts, reached)])
+        return [
+            piece.view_as(p) if count > 0 else None
+            for piece, p, count in zip(pieces, like, reached.tolist(), strict=True)
+        ]
+
+    def scatter_sum(self, row: Tensor, out: Tensor) -> None:
+        """Sum `row` over the processes and leave this process's slice of it in `out`."""
+        dist.reduce_scatter_tensor(out, row)
+
+    def gather(self, piece: Tensor) -> Tensor:
+        """The slices of all processes, joined along the last dimension."""
+        if self.alone:
+            return piece
+        pieces = [torch.empty_like(piece) for _ in range(self.size)]
+        dist.all_gather(pieces, piece.contiguous())
+        return torch.cat(pieces, dim=-1)
+
+    def align(self, generators: Iterable[torch.Generator]) -> None:
+        """Give private generators the state that they have on the first process."""
+        for generator in () if self.alone else generators:
+            generator.set_state(self.from_first(generator.get_state()))

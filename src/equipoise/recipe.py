@@ -1,0 +1,293 @@
+"""Recipe: one line of text, "igbv1+cagrad(c=0.5)", to the stages of a Step and back.
+
+This is the only module that knows methods by name.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from equipoise.aggregation import IMTLG, MGDA, CAGrad, Mean, PCGrad, Sum
+from equipoise.errors import CombinationError, RecipeError, nearest
+from equipoise.step import Step
+from equipoise.trunk import SharedTrunk
+from equipoise.weighting import DWA, EW, RLW, SI, UW, IGBv1
+
+Axis = Literal["weighting", "aggregation", "baseline"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Attributes:
+        token: how recipes call it.
+        axis: which question it answers.
+        factory: the class; parameters in parentheses go to its constructor.
+        level: the level at which an aggregator works.
+    """
+
+    token: str
+    axis: Axis
+    factory: Callable[..., Any]
+    level: str = "parameters"
+
+    @property
+    def summary(self) -> str:
+        """The first line of the factory's docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that a recipe may set, with their defaults."""
+        signature = inspect.signature(self.factory)
+        return {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if name not in FROM_CONTEXT
+        }
+
+
+FROM_CONTEXT = ("generator", "steps_per_epoch", "n_tasks")
+"""Constructor arguments that come from the training, not from the recipe."""
+
+WEIGHTINGS: dict[str, Callable[..., Any]] = {
+    "ew": EW,
+    "si": SI,
+    "rlw": RLW,
+    "dwa": DWA,
+    "uw": UW,
+    "igbv1": IGBv1,
+}
+AGGREGATORS: dict[str, Callable[..., Any]] = {
+    "sum": Sum,
+    "mean": Mean,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "cagrad": CAGrad,
+    "imtl": IMTLG,
+}
+
+
+def single_task() -> Sum:
+    """Single-task learning: one network for each task, the baseline of Delta_m."""
+    return Sum()
+
+
+def _methods() -> dict[str, Method]:
+    methods = [Method(token, "weighting", factory) for token, factory in WEIGHTINGS.items()]
+    for token, factory in AGGREGATORS.items():
+        methods.append(Method(token, "aggregation", factory))
+        methods.append(Method(f"{token}-ub", "aggregation", factory, level="features"))
+    methods.append(Method("stl", "baseline", single_task))
+    return {method.token: method for method in methods}
+
+
+METHODS: dict[str, Method] = _methods()
+"""Every known method by its token. To add one, add a line to the tables above."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A method with the parameters that differ from its defaults."""
+
+    method: Method
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.parameters:
+            return self.method.token
+        return f"{self.method.token}({', '.join(f'{k}={_show(v)}' for k, v in self.items())})"
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def items(self) -> list[tuple[str, Any]]:
+        """The parameters in alphabetical order."""
+        return sorted(self.parameters.items())
+
+    def build(self, **context: Any) -> Any:
+        """The stage, with what it takes of the context."""
+        wanted = inspect.signature(self.method.factory).parameters
+        return self.method.factory(
+            **self.parameters, **{k: v for k, v in context.items() if k in wanted}
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which method answers each question: at most one for each axis.
+
+    `Recipe.parse("IGBv1+CAGrad(c=0.5)")` reads one; `str` gives the canonical form, which leaves
+    out what is default and reads back to an equal recipe.
+
+    Attributes:
+        weighting: how much each loss counts; default ew.
+        aggregator: how gradients become one direction; default sum.
+        is_stl: one network for each task instead, with neither of the two.
+    """
+
+    weighting: Stage = field(default_factory=lambda: Stage(METHODS["ew"]))
+    aggregator: Stage = field(default_factory=lambda: Stage(METHODS["sum"]))
+    is_stl: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read `token ("+" token)*`, in any order; case and hyphens do not matter.
+
+        Raises:
+            RecipeError: an unknown token (names the nearest known ones), an unknown parameter, a
+                value that its method refuses.
+            CombinationError: two answers to one question, or anything beside stl.
+        """
+        stages: dict[Axis, Stage] = {}
+        for part in _split(text):
+            stage = _read(part, text)
+            if stage.method.axis in stages:
+                raise CombinationError(
+                    f"recipe {text!r}: {stages[stage.method.axis]} and {stage} both answer the "
+                    f"question of {stage.method.axis}; keep one."
+                )
+            stages[stage.method.axis] = stage
+        if "baseline" in stages and len(stages) > 1:
+            other = next(stage for axis, stage in stages.items() if axis != "baseline")
+            raise CombinationError(
+                f"recipe {text!r}: stl trains one network for each task, where {other} has "
+                "nothing to balance; use one of the two."
+            )
+        default = cls()
+        return cls(
+            weighting=stages.get("weighting", default.weighting),
+            aggregator=stages.get("aggregation", default.aggregator),
+            is_stl="baseline" in stages,
+        )
+
+    def __str__(self) -> str:
+        if self.is_stl:
+            return "stl"
+        default = Recipe()
+        parts = [
+            str(stage)
+            for stage, usual in (
+                (self.weighting, default.weighting),
+                (self.aggregator, default.aggregator),
+            )
+            if stage != usual
+        ]
+        return "+".join(parts) or str(default.weighting)
+
+    @staticmethod
+    def known() -> list[Method]:
+        """All methods that recipes can name."""
+        return list(METHODS.values())
+
+    def build(
+        self,
+        model: SharedTrunk,
+        losses: Mapping[str, Callable[[Any, Any], Tensor]],
+        lr: float,
+        steps_per_epoch: int,
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        seed: int | None = None,
+    ) -> Step:
+        """The Step of this recipe.
+
+        Args:
+            model: the network. For stl the Step trains `step.model`, a copy of it with one trunk
+                for each task.
+            losses: task name -> callable(output, target).
+            lr: learning rate.
+            steps_per_epoch: batches in one epoch.
+            optimizer: makes the optimizer from (parameters, lr=lr).
+            seed: of the stages' private generators; None: from torch's global generator.
+
+        Raises:
+            CombinationError: stages that make no sense together.
+            ValueError: a value out of its range.
+        """
+        if self.is_stl:
+            model = model.separated()
+        context: dict[str, Any] = {
+            "steps_per_epoch": steps_per_epoch,
+            "n_tasks": len(model.tasks),
+        }
+        stages = []
+        for offset, stage in enumerate((self.weighting, self.aggregator)):
+            if seed is not None:
+                context["generator"] = torch.Generator().manual_seed(seed + offset)
+            stages.append(stage.build(**context))
+        return Step(
+            model,
+            losses,
+            optimizer([p for p in model.parameters() if p.requires_grad], lr=lr),
+            *stages,
+            level=self.aggregator.method.level,
+        )
+
+
+def _split(text: str) -> list[str]:
+    """The parts between plus signs that stand outside parentheses."""
+    return [part.strip() for part in re.split(r"\+(?![^(]*\))", text)]
+
+
+def _read(part: str, text: str) -> Stage:
+    match = re.fullmatch(r"([A-Za-z0-9-]+)\s*(?:\((.*)\))?", part)
+    if match is None:
+        raise RecipeError(
+            f"recipe {text!r}: cannot read {part!r}; write token or token(name=value, ...), and "
+            "join them with +."
+        )
+    token, arguments = match.groups()
+    by_plain_name = {_plain(known): method for known, method in METHODS.items()}
+    method = by_plain_name.get(_plain(token))
+    if method is None:
+        raise RecipeError(f"recipe {text!r}: unknown token {token!r}; {nearest(token, METHODS)}")
+    known = method.parameters
+    given: dict[str, Any] = {}
+    for argument in filter(None, map(str.strip, (arguments or "").split(","))):
+        name, equals, value = (piece.strip() for piece in argument.partition("="))
+        if not equals or name not in known:
+            takes = ", ".join(known) or "none"
+            raise RecipeError(
+                f"recipe {text!r}: {method.token} has no parameter {name!r}; it takes: {takes}."
+                if equals
+                else f"recipe {text!r}: write {method.token}({argument}=...), a value for a name."
+            )
+        if name in given:
+            raise RecipeError(f"recipe {text!r}: {name} is given twice.")
+        given[name] = _value(value, known[name])
+    stage = Stage(method, {k: v for k, v in given.items() if v != known[k]})
+    try:
+        stage.build(steps_per_epoch=1, n_tasks=1, generator=torch.Generator())
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"recipe {text!r}: {error}") from error
+    return stage
+
+
+def _value(text: str, default: Any) -> Any:
+    """A Python literal, true, false or none in any case, or else a bare word."""
+    try:
+        value = ast.literal_eval(
+            text.title() if _plain(text) in ("true", "false", "none") else text
+        )
+    except (ValueError, SyntaxError):
+        return text
+    # c=1 and c=1.0 are the same recipe.
+    return float(value) if isinstance(default, float) and type(value) is int else value
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value).lower()
+
+
+def _plain(token: str) -> str:
+    return token.lower().replace("-", "")

@@ -1,0 +1,140 @@
+"""A second look at the same batch: same dropout masks, buffers untouched.
+
+Two things change when a module is merely evaluated: the random generators that its dropout draws
+from, and the buffers in which its normalisation layers keep running statistics. What follows
+records both, repeats the former and protects the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RandomState:
+    """The state of torch's global generators: the CPU's, and those of the named devices.
+
+    Args:
+        devices: devices a model runs on; CPU needs no mention, repeated ones count once.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self.cpu = torch.get_rng_state()
+        self.devices = {
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in set(devices)
+            if device.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        """Set the generators back to the recorded state."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Device name -> state."""
+        return {"cpu": self.cpu, **{str(d): state for d, state in self.devices.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, for the devices that exist here."""
+        self.cpu = state["cpu"].cpu()
+        self.devices = {d: state.get(str(d), own).cpu() for d, own in self.devices.items()}
+
+
+class Replay:
+    """Calls again, on the same batch, what was called before, with the same random draws.
+
+    Record every stochastic part under a key of its own (the trunk, each head): the parts may then
+    be replayed alone and in any order, and each sees the masks of its first call.
+
+    Args:
+        model: the module whose parts are replayed; its buffers do not move during a replay.
+
+    Example:
+        >>> replay = Replay(model)
+        >>> with replay.recording("trunk"):
+        ...     features = model.trunk(inputs)
+        >>> with replay.again("trunk"):
+        ...     same_features = model.trunk(inputs)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._states: dict[Any, RandomState] = {}
+
+    @contextmanager
+    def recording(self, key: Any) -> Generator[None]:
+        """The first call of the part `key`: remembers from which random state it starts."""
+        self._states[key] = RandomState(devices_of(self.model))
+        yield
+
+    @contextmanager
+    def again(self, key: Any) -> Generator[None]:
+        """A further call of the part `key`: same draws; afterwards all is as before.
+
+        Raises:
+            KeyError: nothing was recorded under `key`.
+        """
+        if key not in self._states:
+            raise KeyError(f"nothing was recorded under {key!r}; call recording({key!r}) first.")
+        after = RandomState(devices_of(self.model))
+        self._states[key].restore()
+        try:
+            with frozen_buffers(self.model):
+                yield
+        finally:
+            after.restore()
+
+
+@contextmanager
+def frozen_buffers(module: nn.Module) -> Generator[None]:
+    """Let `module` run in its present mode without moving any of its buffers.
+
+    BatchNorm layers go on normalising by the batch. Every buffer (running statistics and their
+    counters, spectral norm vectors, moving averages) has its old value, bit for bit, afterwards,
+    also when the body raises. Re-entrant.
+    """
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        put_back(before)
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module, stages: Iterable[Any]) -> Generator[RandomState]:
+    """Whatever the body raises, an interrupt too, leaves no trace.
+
+    The model's buffers, the state of the stages (whatever has `state_dict` and `load_state_dict`)
+    and the global random generators are then as they were before. Gives the random state at the
+    beginning.
+    """
+    random = RandomState(devices_of(model))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    states = [(s, deepcopy(s.state_dict())) for s in stages if hasattr(s, "load_state_dict")]
+    try:
+        yield random
+    except BaseException:
+        put_back(buffers)
+        for stage, state in states:
+            stage.load_state_dict(state)
+        random.restore()
+        raise
+
+
+def put_back(saved: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy each saved value into the tensor it was taken from."""
+    for tensor, value in saved:
+        # Through .data: a graph that holds the buffer must still be able to go backward.
+        tensor.data.copy_(value)
+
+
+def devices_of(module: nn.Module) -> set[torch.device]:
+    """The devices on which a module's parameters and buffers lie."""
+    return {t.device for t in (*module.parameters(), *module.buffers())}

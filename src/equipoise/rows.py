@@ -1,0 +1,154 @@
+"""From losses to rows, and from rows to one direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.boundary import Gradients
+from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
+from equipoise.linalg import gram_matrix
+from equipoise.ranks import Ranks
+
+
+class Rows:
+    """The task gradients of the shared parameters: one (T, P) buffer, filled row by row.
+
+    Among several processes a row is summed over them as soon as it is filled, and each process
+    keeps its slice of P / processes columns only.
+
+    Args:
+        parameters: the shared parameters; P counts their numbers.
+        n_tasks: T.
+        ranks: the processes that train together.
+
+    Raises:
+        EquipoiseError: the parameters lie on several devices.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], n_tasks: int, ranks: Ranks) -> None:
+        devices = {p.device for p in parameters}
+        if len(devices) > 1:
+            raise EquipoiseError(
+                f"the shared parameters lie on several devices ({sorted(map(str, devices))}); "
+                "rows need them on one."
+            )
+        self.parameters = list(parameters)
+        self.ranks = ranks
+        self._sizes = [p.numel() for p in parameters]
+        dtype = torch.float32  # rows of half-precision parameters are kept in single precision
+        for p in parameters:
+            dtype = torch.promote_types(dtype, p.dtype)
+        columns = -(-sum(self._sizes) // ranks.size)
+        device = devices.pop() if devices else None
+        self.buffer = torch.empty(n_tasks, columns, dtype=dtype, device=device)
+        self._whole = None if ranks.alone else self.buffer.new_zeros(columns * ranks.size)
+        whole_rows = self.buffer if self._whole is None else [self._whole] * n_tasks
+        self._views = [self._split(row) for row in whole_rows]
+        self.clear()
+
+    def _split(self, row: Tensor) -> list[Tensor]:
+        pieces = row[: sum(self._sizes)].split(self._sizes)
+        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+    def fit(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether this buffer serves for these parameters, as they are now."""
+        return (
+            len(parameters) == len(self.parameters)
+            and all(p is own for p, own in zip(parameters, self.parameters, strict=True))
+            and all(p.device == self.buffer.device for p in parameters)
+        )
+
+    def clear(self) -> None:
+        """Forget which rows were filled and which parameters they reached."""
+        self._filled = 0
+        self._reached = [False] * len(self.parameters)
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Fill the next row; None counts as zeros."""
+        for k, view in enumerate(self._views[self._filled]):
+            gradient = gradients[k]
+            if gradient is None:
+                view.zero_()
+            else:
+                view.copy_(gradient)
+                self._reached[k] = True
+        if self._whole is not None:
+            self.ranks.scatter_sum(self._whole, self.buffer[self._filled])
+        self._filled += 1
+
+    @property
+    def filled(self) -> Tensor:
+        """(filled rows, columns of this process)."""
+        return self.buffer[: self._filled]
+
+    def gram(self) -> Tensor:
+        """(filled, filled) inner products over all P columns, float64."""
+        return self.ranks.sum(gram_matrix(self.filled))
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """(P,) sum of coefficient times row."""
+        return self.ranks.gather(coefficients.to(self.buffer) @ self.filled)
+
+    def whole(self) -> Tensor:
+        """(filled, P) the rows in full on every process: for what needs more than products."""
+        return self.ranks.gather(self.filled)[:, : sum(self._sizes)]
+
+    def per_parameter(self, direction: Tensor) -> Gradients:
+        """The pieces of a direction, shaped as the parameters; None where no row reached."""
+        reached = self.ranks.sum(torch.tensor([float(known) for known in self._reached])).tolist()
+        return [
+            piece.to(p.dtype) if count > 0 else None
+            for piece, p, count in zip(
+                self._split(direction), self.parameters, reached, strict=True
+            )
+        ]
+
+
+@dataclass
+class Combination:
+    """How task gradients became one direction.
+
+    Attributes:
+        coefficients: (T,) float64 on the CPU; None for a callable that does not say.
+        gram: (T, T) float64 on the CPU; None where no inner products were needed.
+    """
+
+    coefficients: Tensor | None
+    gram: Tensor | None = None
+
+
+def coefficients(aggregator: Any, gram: Tensor, losses: Tensor, ranks: Ranks) -> Tensor:
+    """The aggregator's coefficients (T,), the same to the last bit on all processes."""
+    with_losses = (losses,) if getattr(aggregator, "needs_losses", False) else ()
+    return ranks.from_first(aggregator.coefficients(gram, *with_losses))
+
+
+def combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combination, Tensor]:
+    """One direction (P,) from the filled rows; by coefficients where the aggregator has them.
+
+    Raises:
+        NonFiniteError: a row holds a NaN or an infinity.
+        EquipoiseError: a callable returned something else than a finite direction.
+    """
+    gram = rows.gram().cpu()  # the one copy to the host
+    if hasattr(aggregator, "coefficients"):
+        w = coefficients(aggregator, gram, losses, rows.ranks)
+        return Combination(w, gram), rows.combine(w)
+    finite = torch.isfinite(gram.diagonal())
+    if not bool(finite.all()):
+        raise NonFiniteError(int((~finite).nonzero()[0]), NOT_FINITE)
+    whole = rows.whole()
+    direction = rows.ranks.from_first(aggregator(whole))
+    if direction.shape != whole.shape[1:]:
+        raise EquipoiseError(
+            f"the aggregator returned shape {tuple(direction.shape)} for rows of shape "
+            f"{tuple(whole.shape)}; it must return ({whole.shape[1]},)."
+        )
+    if not bool(torch.isfinite(direction).all()):
+        raise EquipoiseError("the aggregator returned NaN or infinity for finite gradients.")
+    return Combination(None, gram), direction

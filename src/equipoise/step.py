@@ -1,0 +1,293 @@
+"""Step: the data path of one training step, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.aggregation import Sum
+from equipoise.batch import Batch, trainable
+from equipoise.boundary import Gradients
+from equipoise.errors import (
+    NOT_FINITE,
+    CombinationError,
+    EquipoiseError,
+    NonFiniteError,
+    TaskError,
+    nearest,
+)
+from equipoise.labels import Labels
+from equipoise.linalg import finite_norm
+from equipoise.ranks import Ranks
+from equipoise.replay import RandomState, devices_of, unchanged_on_error
+from equipoise.rows import Combination, Rows, coefficients, combine
+from equipoise.step_report import StepReport
+from equipoise.trunk import SeparateTrunks, SharedTrunk
+from equipoise.weighting import EW, Weighting
+
+
+class Step:
+    """One training step of several tasks: losses, weighting, aggregation, update.
+
+    Args:
+        model: a SharedTrunk.
+        losses: task name -> callable(output, target) that returns the mean over the samples.
+        optimizer: holds the model's parameters; any optimizer whose `step` needs no closure.
+        weighting: how much each loss counts; a Weighting, or any callable from losses (T,) to
+            weighted losses (T,). None: EW. Its parameters get an optimizer group of their own.
+        aggregator: how the task gradients become one direction; an Aggregator, or any callable
+            from rows (T, P) to (P,), a TorchJD aggregator for example. None: Sum.
+        level: "parameters": the rows are gradients of the shared parameters. "features": of the
+            features (MGDA-UB and its kin); the trunk then sees one backward.
+        clip_norm: bound on the norm of the whole update direction, heads included; None: none.
+
+    Raises:
+        TaskError: `losses` misses a task, or names one that the model does not have.
+        CombinationError: stages that make no sense together; both are named.
+        ValueError: a parameter out of its range.
+
+    Heads always get the gradient of their own weighted loss. Under torch.distributed each process
+    calls the step with its part of the batch, and all make the step of the joint batch.
+
+    Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
+    (Sum, Mean); heads 1 forward and 1 backward. Memory: T x P numbers, or none for those.
+    """
+
+    def __init__(
+        self,
+        model: SharedTrunk,
+        losses: Mapping[str, Callable[[Any, Any], Tensor]],
+        optimizer: torch.optim.Optimizer,
+        weighting: Callable[..., Tensor] | None = None,
+        aggregator: Callable[..., Tensor] | None = None,
+        *,
+        level: str = "parameters",
+        clip_norm: float | None = None,
+    ) -> None:
+        self.model = model
+        self.losses = dict(losses)
+        self.optimizer = optimizer
+        self.weighting = EW() if weighting is None else weighting
+        self.aggregator = Sum() if aggregator is None else aggregator
+        self.level = level
+        self.clip_norm = clip_norm
+        self._check()
+        self.ranks = Ranks()
+        self.ranks.align(s.generator for s in self._stages().values() if hasattr(s, "generator"))
+        self._adopt_weighting()
+        self._rows: Rows | None = None
+
+    def __call__(
+        self,
+        inputs: Any,
+        targets: Mapping[str, Any],
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> StepReport:
+        """Make one step.
+
+        Args:
+            inputs: whatever the trunk takes.
+            targets: task name -> target. A task may be absent: its head is then left alone.
+                Samples with a NaN in their target do not count for that task.
+            masks: task name -> bool (B,), False for samples that do not count for that task.
+
+        Raises:
+            TaskError: what is wrong with which task. A step that raises has changed nothing:
+                parameters, buffers, optimizer, stages and random generators are as before.
+        """
+        labels = Labels(self.model.tasks, targets, masks, self.ranks)
+        if not labels.names:
+            return StepReport.skipped(labels.tasks)
+        known = self._known_coefficients(len(labels.names))
+        with self._undo(labels) as before:
+            batch = self._forward(inputs, labels, known)
+            factors, weights, learned = self._weigh(batch.losses, labels)
+            heads = batch.heads_backward(factors)
+
+            if known is not None:
+                result = Combination(known)
+                trunk = batch.trunk_backward(known)
+            elif self.level == "features":
+                gram = batch.feature_gram().cpu()
+                w = coefficients(self.aggregator, gram, batch.losses, self.ranks)
+                result = Combination(w, gram)
+                trunk = batch.trunk_backward(w)
+            else:
+                rows = batch.fill(self._buffer(batch))
+                result, direction = combine(rows, self.aggregator, batch.losses)
+                trunk = rows.per_parameter(direction)
+
+            norm = finite_norm(trunk)
+            if norm is None or finite_norm(heads) is None:
+                raise self._non_finite(inputs, labels, heads, before)
+        self._update(batch, trunk, heads, learned)
+        return StepReport.of_present(labels, batch.losses, weights, factors, result, norm)
+
+    # ------------------------------------------------------------------ its parts
+
+    def _forward(self, inputs: Any, labels: Labels, known: Tensor | None) -> Batch:
+        apart = known is None or bool((known != known[0]).any())
+        return Batch(self.model, self.losses, inputs, labels, self.ranks, apart)
+
+    def _weigh(self, losses: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Gradients]:
+        """Gradient factors (T',) of the losses, weights (T',), gradients of the weighting itself.
+
+        The weighting sees the losses as numbers; the derivative of what it makes of them is all
+        that the network needs to know.
+        """
+        losses = losses.clone().requires_grad_()
+        if isinstance(self.weighting, Weighting):
+            present = labels.present.to(losses.device)
+            full = losses.new_full(present.shape, torch.nan)
+            try:
+                weighted = self.weighting(full.masked_scatter(present, losses), present)[present]
+            except TaskError as error:  # it counts all tasks, not only those present
+                raise error.named(labels.tasks) from None
+        else:
+            weighted = self.weighting(losses)
+        if weighted.shape != losses.shape or not weighted.requires_grad:
+            raise EquipoiseError(
+                f"{type(self.weighting).__name__} must return one weighted loss for each loss, "
+                f"connected to it; it returned shape {tuple(weighted.shape)} for "
+                f"{tuple(losses.shape)}."
+            )
+        factors, *learned = torch.autograd.grad(
+            weighted.sum(), (losses, *self._weighting_parameters()), allow_unused=True
+        )
+        weights = getattr(self.weighting, "weights", None)
+        return factors, factors if weights is None else weights[labels.present], list(learned)
+
+    def _buffer(self, batch: Batch) -> Rows:
+        """The (T, P) buffer, made anew only if the trunk's trainable parameters have changed."""
+        if self._rows is None or not self._rows.fit(batch.trunk_parameters):
+            self._rows = None  # free the old one first
+            self._rows = Rows(batch.trunk_parameters, len(self.model.tasks), self.ranks)
+        return self._rows
+
+    def _non_finite(
+        self, inputs: Any, labels: Labels, heads: Gradients, before: RandomState
+    ) -> EquipoiseError:
+        """The error for a gradient that is not finite: names the task, at the price of a replay."""
+        before.restore()  # the same dropout masks again
+        batch = Batch(self.model, self.losses, inputs, labels, self.ranks)
+        batch.heads_backward(self._weigh(batch.losses, labels)[0])
+        task = batch.culprit(heads)
+        if task is None:
+            return EquipoiseError("each task's gradient is finite, but together they overflow.")
+        return NonFiniteError(task, NOT_FINITE)
+
+    def _update(self, batch: Batch, trunk: Gradients, heads: Gradients, learned: Gradients) -> None:
+        """Put the gradients where the optimizer looks, None where no task reached, and step."""
+        self.model.zero_grad()
+        parameters = [
+            *batch.trunk_parameters,
+            *(p for own in batch.head_parameters.values() for p in own),
+            *self._weighting_parameters(),
+        ]
+        for parameter, gradient in zip(parameters, (*trunk, *heads, *learned), strict=True):
+            parameter.grad = gradient
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+
+    # ------------------------------------------------------------------ stages
+
+    def _check(self) -> None:
+        """Refuse what cannot work, naming it, before anything is built."""
+        for task in (*self.losses, *self.model.tasks):
+            if task not in self.model.tasks:
+                raise TaskError(task, "has a loss but no head; " + nearest(task, self.model.tasks))
+            if task not in self.losses:
+                raise TaskError(task, "has a head but no loss; add it to `losses`.")
+        if self.level not in ("parameters", "features"):
+            raise ValueError(f"level is {self.level!r}; known are 'parameters' and 'features'.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or None.")
+        name = type(self.aggregator).__name__
+        if self.level == "features" and not hasattr(self.aggregator, "coefficients"):
+            raise CombinationError(
+                f"level='features' and {name}: the feature level needs an aggregator with "
+                "coefficients(gram). Use level='parameters'."
+            )
+        if isinstance(self.model.trunk, SeparateTrunks) and self._known_coefficients(1) is None:
+            raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
+        if not held_by(self.optimizer) & {id(p) for p in self.model.parameters()}:
+            raise ValueError("the optimizer holds none of the model's parameters.")
+
+    def _adopt_weighting(self) -> None:
+        """Bring the weighting to the model's device and its parameters to the optimizer."""
+        if not isinstance(self.weighting, nn.Module):
+            return
+        self.weighting.to(next(self.model.parameters()).device)
+        new = [p for p in self._weighting_parameters() if id(p) not in held_by(self.optimizer)]
+        if new:
+            group: dict[str, Any] = {"params": new, "weight_decay": 0.0}
+            lr = getattr(self.weighting, "lr", None)
+            self.optimizer.add_param_group(group if lr is None else {**group, "lr": lr})
+
+    def _weighting_parameters(self) -> list[nn.Parameter]:
+        if isinstance(self.weighting, nn.Module):
+            return trainable(list(self.weighting.parameters()))
+        return []
+
+    def _known_coefficients(self, n_tasks: int) -> Tensor | None:
+        known = getattr(self.aggregator, "known_coefficients", None)
+        return None if known is None else known(n_tasks)
+
+    def _stages(self) -> dict[str, Any]:
+        return {"weighting": self.weighting, "aggregator": self.aggregator}
+
+    @contextmanager
+    def _undo(self, labels: Labels) -> Generator[RandomState]:
+        """On an error put everything back, and let the error call the task by its name."""
+        try:
+            with unchanged_on_error(self.model, self._stages().values()) as before:
+                yield before
+        except TaskError as error:
+            raise error.named(labels.names) from None
+
+    # ------------------------------------------------------------------ state
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, **self._stages()}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the next step depends on.
+
+        That is the model, the optimizer, the stages, and the state of torch's global random
+        generators, from which dropout draws.
+        """
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        state["random"] = RandomState(devices_of(self.model)).state_dict()
+        return deepcopy(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken: the next step will be the same, bit for bit.
+
+        Raises:
+            EquipoiseError: the state belongs to a Step with other stages.
+        """
+        parts = self._stateful()
+        if set(state) != {*parts, "random"}:
+            raise EquipoiseError(
+                f"the state holds {sorted(state)}, this Step {sorted({*parts, 'random'})}; build "
+                "the Step with the stages of the one that was saved."
+            )
+        for name, part in parts.items():
+            part.load_state_dict(deepcopy(state[name]))
+        random = RandomState(devices_of(self.model))
+        random.load_state_dict(state["random"])
+        random.restore()
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The identities of an optimizer's parameters."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,109 @@
+"""SharedTrunk: a trunk, named heads, and which parameter belongs to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from equipoise.errors import TaskError
+
+
+class SharedTrunk(nn.Module):
+    """Hard parameter sharing: one trunk, and one head for each task.
+
+    Args:
+        trunk: any module. It may return a tensor or a (nested) dict, list or tuple of tensors.
+        heads: task name -> module that receives exactly what the trunk returns. The order of
+            the names is the order of the tasks everywhere: T entries, row i belongs to name i.
+
+    Raises:
+        ValueError: no heads, or a name that a module cannot carry (empty, with a dot).
+        TaskError: a head holds a parameter that the trunk or another head holds too.
+    """
+
+    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if not heads:
+            raise ValueError("heads is empty; give one module for each task, by name.")
+        self.trunk = trunk
+        self.heads = nn.ModuleDict()
+        for task, head in heads.items():
+            try:
+                self.heads[task] = head
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"task {task!r}: {error.args[0]}; choose another task name."
+                ) from error
+        self.tasks: tuple[str, ...] = tuple(heads)
+        self._refuse_common_parameters()
+
+    def _refuse_common_parameters(self) -> None:
+        owners = {id(p): f"the trunk ({name})" for name, p in self.trunk.named_parameters()}
+        for task in self.tasks:
+            for name, parameter in self.heads[task].named_parameters():
+                if id(parameter) in owners:
+                    raise TaskError(
+                        task,
+                        f"head parameter {name!r} is also held by {owners[id(parameter)]}; what "
+                        "several tasks use belongs to the trunk, and to the trunk alone.",
+                    )
+            owners |= {
+                id(p): f"head {task!r} ({name})" for name, p in self.heads[task].named_parameters()
+            }
+
+    def forward(self, inputs: Any) -> dict[str, Any]:
+        """All outputs, task name -> what that task's head returns."""
+        features = self.trunk(inputs)
+        return {task: self.head(task, features) for task in self.tasks}
+
+    def head(self, task: str, features: Any) -> Any:
+        """The output of one task on `features`, as the trunk returned them."""
+        if isinstance(self.trunk, SeparateTrunks):
+            features = features[task]
+        return self.heads[task](features)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The P shared parameters: all of the trunk's, frozen ones included."""
+        return list(self.trunk.parameters())
+
+    def head_parameters(self, task: str) -> list[nn.Parameter]:
+        """The parameters of one task's head, frozen ones included."""
+        return list(self.heads[task].parameters())
+
+    def separated(self) -> SharedTrunk:
+        """A copy that shares nothing: one copy of the trunk for each task (the STL baseline)."""
+        if isinstance(self.trunk, SeparateTrunks):
+            return deepcopy(self)
+        copy = deepcopy(self)
+        return SharedTrunk(SeparateTrunks(copy.trunk, self.tasks), dict(copy.heads.items()))
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The tasks in groups that share parameters: one group, or one for each task."""
+        if isinstance(self.trunk, SeparateTrunks):
+            return tuple((task,) for task in self.tasks)
+        return (self.tasks,)
+
+    def group_state(self, group: tuple[str, ...]) -> dict[str, Tensor]:
+        """The entries of `state_dict()` on which the outputs of one of the `groups` depend."""
+        prefixes = tuple(f"heads.{task}." for task in group)
+        if isinstance(self.trunk, SeparateTrunks):
+            prefixes += tuple(f"trunk.of.{task}." for task in group)
+        else:
+            prefixes += ("trunk.",)
+        return {k: v for k, v in self.state_dict().items() if k.startswith(prefixes)}
+
+
+class SeparateTrunks(nn.Module):
+    """One copy of `trunk` for each task; returns the features by task name."""
+
+    def __init__(self, trunk: nn.Module, tasks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.of = nn.ModuleDict({task: deepcopy(trunk) for task in tasks})
+
+    def forward(self, inputs: Any) -> dict[str, Any]:
+        """Task name -> features of that task's own trunk."""
+        return {task: trunk(inputs) for task, trunk in self.of.items()}

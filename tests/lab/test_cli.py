@@ -1,0 +1,209 @@
+"""The command as a user meets it: what it prints, what it writes, how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equipoise.errors import TaskError
+from equipoise.lab import cli, runs
+from equipoise.lab.cli import main, parse_seeds
+from equipoise.lab.config import ConfigError
+from equipoise.lab.data import DATASETS
+from equipoise.lab.data.digits import multidigits
+
+QUICK = ("--data", "tiny", "--epochs", "1", "--batch-size", "32", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    """A small data set, and an empty folder to work in."""
+    monkeypatch.setitem(
+        DATASETS, "tiny", lambda root, seed: multidigits(seed=seed, sizes=(64, 64, 64))
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def equipoise(monkeypatch, capsys):
+    """Calls the command: (exit status, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["equipoise", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("compare ew cagard", "cagrad"),
+        ("compare ew --data multidigit", "multidigits"),
+        ("compare ew --model lenett", "lenet"),
+        ("compare ew ew", "ew, seed 0 is given twice"),
+        ("compare ew --seeds 0,1,0", "seed 0 is given twice"),
+        ("compare ew --seeds 0-2,1", "seed 1 is given twice"),
+        ("compare ew --seeds 0 --seeds 1", "--seeds is given 2 times; write --seeds 0,1"),
+        ("compare ew --seeds 3-1", "'3-1' cannot be read"),
+        ("compare ew --seeds one", "'one' cannot be read"),
+        ("compare ew --epochs 0", "epochs is 0"),
+        ("compare ew --lr 0", "lr is 0.0"),
+        ("compare ew --batch-size 0", "batch_size is 0"),
+        ("compare ew --jobs 0", "--jobs"),
+        ("compare ew --device cuda:99", "device 'cuda:99' is not there"),
+        ("compare ew --precision 8", "precision is '8'"),
+        ("compare ew --sign up", "--sign"),
+        ("compare ew --colour red", "--colour"),
+        ("compare ew si+rlw", "si"),
+        ("compare cagrad(c=-1)", "c"),
+        ("compare", "RECIPE"),
+        ("compare ew --out file", "cannot write to file (File exists); choose another --out."),
+        ("compare ew --out file/below", "cannot write to file/below (Not a directory)"),
+        ("train ew --out file", "cannot write to file"),
+        ("train cagard", "cagrad"),
+        ("train ew --seed -1", "seed is -1"),
+        ("report nowhere", "there is no folder nowhere."),
+        ("report .", "holds no finished run"),
+        ("trian ew", "trian"),
+    ],
+)
+def test_wrong_use_ends_with_2_and_one_sentence(
+    equipoise, tmp_path, monkeypatch, command, sentence
+):
+    monkeypatch.setattr(runs, "train", None)  # nothing may come so far
+    (tmp_path / "file").write_text("in the way")
+    status, out, err = equipoise(*command.split())
+    assert status == 2
+    assert out == ""
+    assert err.startswith("equipoise: ")
+    assert err.count("\n") == 1, err
+    assert sentence in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_compare_prints_and_writes_one_table(equipoise, tmp_path):
+    status, out, err = equipoise("compare", "ew", "MGDA", "stl", *QUICK, "--seeds", "0,1")
+    assert status == 0
+    folder = tmp_path / "runs" / "compare-tiny"
+    table = (folder / "table.txt").read_text()
+    assert table.strip() in out
+    assert all(word in table for word in ("ew", "mgda", "stl", "left", "right"))
+    assert "runs/compare-tiny/report.html" in out
+    assert (folder / "report.html").exists()
+    # Nobody watches: one line for each run, and nothing else.
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"{recipe}, seed {seed}" for recipe in ("ew", "mgda", "stl") for seed in (0, 1)
+    ]
+
+    again = equipoise("compare", "ew", "MGDA", "stl", *QUICK, "--seeds", "0-1")
+    assert again == (0, out, "")
+
+    status, out, _ = equipoise("report", folder, "--sign", "drop", "--out", "page")
+    assert status == 0
+    assert "page/report.html" in out
+    assert (tmp_path / "page" / "report.html").exists()
+
+
+def test_compare_without_a_baseline_still_gives_a_table(equipoise):
+    status, out, _ = equipoise("compare", "si", *QUICK)
+    assert status == 0
+    assert "si" in out
+    assert "stl" in out, "it says why there is no Delta_m"
+
+
+def test_a_failed_run_ends_with_1_and_the_table_of_the_others(equipoise, monkeypatch):
+    train = runs.train
+
+    def failing(config, *rest):
+        if config.recipe == "si":
+            raise TaskError("left", "loss is -1.")
+        return train(config, *rest)
+
+    monkeypatch.setattr(runs, "train", failing)
+    status, out, err = equipoise("compare", "si", "ew", *QUICK)
+    assert status == 1
+    assert "si, seed 0: failed: task 'left': loss is -1." in err
+    assert "1 of 2 runs failed" in err
+    assert "ew" in out
+
+    status, out, err = equipoise("train", "si", *QUICK)
+    assert status == 1
+    assert "si, seed 0 failed: task 'left': loss is -1." in err
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_an_interrupted_command_says_how_to_go_on(equipoise, monkeypatch, command):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", interrupted)
+    status, _, err = equipoise(command, "ew", *QUICK)
+    assert status == 130
+    assert err.strip().splitlines()[-1] == (
+        "equipoise: interrupted; the same command goes on after the last finished epoch."
+    )
+
+
+def test_train_writes_a_run_that_report_reads(equipoise, tmp_path):
+    status, out, err = equipoise("train", "igbv1+cagrad", *QUICK, "--seed", "3")
+    assert status == 0
+    folder = Path("runs", "tiny-igbv1_cagrad-seed3")
+    assert (folder / "result.json").exists()
+    assert out.splitlines()[0].startswith("igbv1+cagrad, seed 3: left accuracy")
+    assert str(folder) in out
+    status, _, err = equipoise("train", "igbv1+cagrad", *QUICK, "--seed", "3", "--lr", "0.1")
+    assert status == 2
+    assert f"{folder} was begun with" not in err or "lr 0.001, not 0.1" in err
+
+    equipoise("train", "ew", *QUICK)
+    status, out, _ = equipoise("report", folder, "runs/tiny-ew-seed0")
+    assert status == 0
+    assert (tmp_path / "runs" / "report.html").exists()
+
+
+def test_list_shows_what_there_is(equipoise):
+    status, out, _ = equipoise("list")
+    assert status == 0
+    for word in ("weighting", "aggregation", "baseline", "igbv1", "cagrad", "stl",
+                 "multidigits", "digits-attributes", "lenet"):  # fmt: skip
+        assert word in out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_without_a_command_the_help_is_shown(equipoise, arguments):
+    status, out, err = equipoise(*arguments)
+    assert status == 0
+    assert all(command in out for command in ("train", "compare", "report", "list"))
+    assert err == ""
+
+
+def test_the_module_is_the_command():
+    source = str(Path(cli.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-m", "equipoise", "--version"],
+        capture_output=True, text=True, timeout=60, env={"PYTHONPATH": source},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("equipoise ")
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("0", [0]), ("2,0", [2, 0]), ("0-4", [0, 1, 2, 3, 4]), ("5, 1-2", [5, 1, 2])],
+)
+def test_seeds(text, seeds):
+    assert parse_seeds([text]) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "1,", "-1", "1.5", "2-1", "0,0"])
+def test_seeds_that_cannot_be(text):
+    with pytest.raises(ConfigError):
+        parse_seeds([text])

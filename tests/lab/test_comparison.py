@@ -1,0 +1,149 @@
+"""Many runs: side by side, resumed, failed, killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from equipoise.errors import TaskError
+from equipoise.lab import runs
+from equipoise.lab.comparison import Comparison, Failure, run_folders, run_name
+from equipoise.lab.config import ConfigError, RunConfig
+from equipoise.lab.data import DATASETS
+from equipoise.lab.data.digits import multidigits
+from equipoise.lab.progress import Display, describe_losses
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A small data set, in this process only."""
+    monkeypatch.setitem(
+        DATASETS, "tiny", lambda root, seed: multidigits(seed=seed, sizes=(64, 64, 64))
+    )
+
+
+def configs(recipes, seeds=(0,), **values) -> list[RunConfig]:
+    given = {"data": "tiny", "epochs": 2, "batch_size": 32, "device": "cpu", **values}
+    return [RunConfig.of(recipe=r, seed=s, **given) for r in recipes for s in seeds]
+
+
+def without_times(result):
+    return {k: v for k, v in result.items() if k not in ("train_seconds", "finished")}
+
+
+def test_outcomes_are_in_the_order_given(tmp_path):
+    outcomes = Comparison(configs(["stl", "ew"], (1, 0)), tmp_path).run()
+    assert [(o["recipe"], o["seed"]) for o in outcomes] == [
+        ("stl", 1), ("stl", 0), ("ew", 1), ("ew", 0),
+    ]  # fmt: skip
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["recipes"] == ["stl", "ew"]
+    assert written["seeds"] == [1, 0]
+    assert [path.name for path in run_folders(tmp_path)] == [
+        "stl-seed1", "stl-seed0", "ew-seed1", "ew-seed0",
+    ]  # fmt: skip
+
+
+def test_called_again_it_makes_what_is_missing_only(tmp_path, monkeypatch):
+    first = Comparison(configs(["ew"]), tmp_path).run()
+    made = []
+    train = runs.train
+    monkeypatch.setattr(runs, "train", lambda c, *rest: made.append(c.recipe) or train(c, *rest))
+    again = Comparison(configs(["si", "ew"]), tmp_path).run()
+    assert made == ["si"]
+    assert again[1] == first[0]
+
+
+def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch):
+    train = runs.train
+
+    def failing(config, *rest):
+        if config.recipe == "si":
+            raise TaskError("left", "loss is -1.")
+        if config.recipe == "uw":
+            raise ZeroDivisionError("division by zero")
+        return train(config, *rest)
+
+    monkeypatch.setattr(runs, "train", failing)
+    comparison = Comparison(configs(["si", "ew", "uw"]), tmp_path)
+    (tmp_path / "runs" / "si-seed0").mkdir(parents=True)
+    outcomes = comparison.run()
+    assert outcomes[0] == Failure("task 'left': loss is -1.")
+    assert outcomes[1]["recipe"] == "ew"
+    assert outcomes[2] == Failure("ZeroDivisionError: division by zero")
+    assert "loss is -1" in (tmp_path / "runs" / "si-seed0" / "error.txt").read_text()
+
+    text = comparison.save(outcomes, "improvement").text()
+    assert text in (tmp_path / "table.txt").read_text()
+    for name in ("table.txt", "table.md", "table.csv", "table.json", "report.html"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert all(recipe in text for recipe in ("si", "ew", "uw"))
+
+    monkeypatch.setattr(runs, "train", train)
+    assert not any(isinstance(o, Failure) for o in comparison.run())
+    assert not (tmp_path / "runs" / "si-seed0" / "error.txt").exists()
+
+
+class Killer(Display):
+    """Kills the worker that makes `victim`, once, as soon as it is heard of."""
+
+    victim = "ew, seed 0"
+    done = False
+
+    def update(self, run, done, losses):
+        super().update(run, done, losses)
+        if run == self.victim and not Killer.done:
+            Killer.done = True
+            # Workers are started one by one, and the first gets the first run.
+            first = min(multiprocessing.active_children(), key=lambda p: p.pid)
+            os.kill(first.pid, signal.SIGKILL)
+
+
+def test_runs_in_processes_end_as_in_this_one_and_survive_a_killed_worker(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Processes know the registered data sets only. The victim has the most to do.
+    given = configs(["ew", "pcgrad", "stl"], data="multidigits", batch_size=500, epochs=3)
+    comparison = Comparison(given, tmp_path / "processes")
+    outcomes = comparison.run(2, Killer)
+    assert Killer.done
+    assert isinstance(outcomes[0], Failure)
+    assert "was killed by SIGKILL" in outcomes[0].message
+    assert [o["recipe"] for o in outcomes[1:]] == ["pcgrad", "stl"]
+    assert not multiprocessing.active_children()
+
+    again = comparison.run()
+    here = Comparison(given[:2], tmp_path / "here").run()
+    assert list(map(without_times, again[:2])) == list(map(without_times, here))
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"ew, seed 0 is given twice"):
+        Comparison(configs(["ew", "EW"]), tmp_path)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    Comparison(configs(["ew"], epochs=1), tmp_path).run()
+    with pytest.raises(ConfigError, match="begun with epochs 1, not 2; choose another --out"):
+        Comparison(configs(["si"]), tmp_path)
+
+
+def test_run_names_are_good_file_names():
+    (config,) = configs(["cagrad(c=0.5)"], (7,))
+    assert run_name(config) == "cagrad_c_0.5_-seed7"
+
+
+def test_folders_without_runs_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere"):
+        run_folders(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        run_folders(tmp_path)
+
+
+def test_losses_of_many_tasks_are_shown_as_their_mean():
+    assert describe_losses({"left": 0.5, "right": 1}) == "left 0.500  right 1.000"
+    many = {str(i): float(i) for i in range(4)} | {"absent": float("nan")}
+    assert describe_losses(many) == "mean loss 1.500"

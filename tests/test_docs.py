@@ -1,0 +1,156 @@
+"""The documentation says what is there, and what it shows runs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import equipoise
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+
+
+def python_of(text: str) -> list[str]:
+    """The python blocks of a page, in order; blocks that only include a file are left out."""
+    blocks = [textwrap.dedent(code) for _, code in BLOCK.findall(text)]
+    return [code for code in blocks if "--8<--" not in code]
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+RUNNABLE = [path for path in PAGES if python_of(path.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(scope="module")
+def gen_pages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gen_pages", ROOT / "docs" / "gen_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_blocks_are_found() -> None:
+    text = "a\n\n```python\nx = 1\n```\n\n1. b\n\n    ```python\n    y = 2\n    ```\n"
+    assert python_of(text + '```python\n--8<-- "f.py"\n```\n') == ["x = 1\n", "y = 2\n"]
+    named = {label(path) for path in RUNNABLE}
+    assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/start.md"} <= named
+    assert "docs/concepts.md" in named
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=label)
+def test_what_a_page_shows_runs(path: Path, tmp_path: Path) -> None:
+    """The blocks of one page, one after the other, as a reader would type them."""
+    program = tmp_path / "page.py"
+    program.write_text("\n".join(python_of(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", str(program)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", [ROOT / "docs/start.md"], ids=label)
+def test_the_printed_direction_is_the_true_one(path: Path) -> None:
+    import torch
+
+    text = path.read_text(encoding="utf-8")
+    shown = re.search(r"rows = (torch\.tensor\(.*\))\nprint\(eq\.MGDA\(\)\(rows\)\)  # (.*)", text)
+    rows, direction = (
+        eval(part, {"torch": torch, "tensor": torch.tensor}) for part in shown.groups()
+    )
+    torch.testing.assert_close(equipoise.MGDA()(rows), direction, rtol=1e-6, atol=1e-6)
+
+
+def documented(gen_pages: ModuleType) -> set[int]:
+    """The objects that the reference pages document, by identity."""
+    found = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        text = gen_pages.expand(page.read_text(encoding="utf-8"))
+        for path in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+            module, _, name = path.rpartition(".")
+            found.add(id(getattr(importlib.import_module(module), name)))
+    return found
+
+
+def test_every_public_name_is_in_the_reference(gen_pages: ModuleType) -> None:
+    known = documented(gen_pages)
+    missing = [
+        name
+        for name in equipoise.__all__
+        if not isinstance(getattr(equipoise, name), ModuleType | str)
+        and id(getattr(equipoise, name)) not in known
+    ]
+    assert missing == []
+
+
+def test_the_method_pages_list_the_registry(gen_pages: ModuleType) -> None:
+    from equipoise.recipe import METHODS
+
+    page = gen_pages.expand((ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
+    assert "<!-- methods" not in page
+    cells = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
+    listed = [token.strip("`") for cell in cells for token in cell.split(", ")]
+    assert sorted(listed) == sorted(METHODS)
+
+
+def test_each_method_has_a_whole_sentence_for_a_summary() -> None:
+    from equipoise.recipe import METHODS
+
+    cut = [method.token for method in METHODS.values() if not method.summary.endswith(".")]
+    assert cut == []
+
+
+def test_no_docstring_is_taken_for_html() -> None:
+    """ "<g_i, d>" is a tag to Markdown and vanishes from the page; in backticks it stays."""
+    eaten = []
+    for name in equipoise.__all__:
+        thing = getattr(equipoise, name)
+        members = vars(thing).values() if isinstance(thing, type) else []
+        for documented_thing in (thing, *members):
+            text = getattr(documented_thing, "__doc__", None) or ""
+            if re.search(r"<[A-Za-z/]", re.sub(r"`[^`]*`", "", text)):
+                eaten.append(f"{name}: {text.splitlines()[0]}")
+    assert eaten == []
+
+
+def test_a_mark_for_an_unknown_axis_is_an_error(gen_pages: ModuleType) -> None:
+    with pytest.raises(ValueError, match="no registered method has the axis 'colour'"):
+        gen_pages.expand("<!-- methods: colour -->")
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(
+            r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")
+        ):
+            base = ROOT if page.name in {"README.md", "CONTRIBUTING.md"} else page.parent
+            assert (base / target).exists(), f"{label(page)} links to {target}"
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = equipoise.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert version not in re.findall(r'^version = "(.+)"', pyproject, re.MULTILINE)
