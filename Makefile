@@ -25,7 +25,6 @@ help:
 
 demo: $(VENV)/.has-lab
 	$(BIN)/equipoise compare $(RECIPES) --data multidigits --seeds 0,1 --jobs $(JOBS) --out runs/demo
-	@echo "The page with the pictures: $(CURDIR)/runs/demo/report.html"
 
 # One torch thread a worker: the problems are small, and two workers already fill two cores.
 test: $(VENV)/.has-test

@@ -75,7 +75,9 @@ class Ranks:
 
     def scatter_sum(self, row: Tensor, out: Tensor) -> None:
         """Sum `row` over the processes and leave this process's slice of it in `out`."""
-        dist.reduce_scatter_tensor(out, row)
+        # Newer torch has renamed it.
+        reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        reduce_scatter(out, row)
 
     def gather(self, piece: Tensor) -> Tensor:
         """The slices of all processes, joined along the last dimension."""

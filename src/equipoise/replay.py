@@ -108,14 +108,16 @@ def frozen_buffers(module: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module, stages: Iterable[Any]) -> Generator[RandomState]:
+def unchanged_on_error(
+    model: nn.Module, stages: Iterable[Any], devices: Iterable[torch.device]
+) -> Generator[RandomState]:
     """Whatever the body raises, an interrupt too, leaves no trace.
 
     The model's buffers, the state of the stages (whatever has `state_dict` and `load_state_dict`)
-    and the global random generators are then as they were before. Gives the random state at the
-    beginning.
+    and the global random generators, the CPU's and those of `devices`, are then as they were
+    before. Gives the random state at the beginning.
     """
-    random = RandomState(devices_of(model))
+    random = RandomState(devices)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     states = [(s, deepcopy(s.state_dict())) for s in stages if hasattr(s, "load_state_dict")]
     try:

@@ -98,12 +98,15 @@ class Step:
 
         Raises:
             TaskError: what is wrong with which task. A step that raises has changed nothing:
-                parameters, buffers, optimizer, stages and random generators are as before.
+                parameters, buffers, optimizer, stages and random generators are as before (only
+                the gradients of the step before are gone).
         """
         labels = Labels(self.model.tasks, targets, masks, self.ranks)
         if not labels.names:
             return StepReport.skipped(labels.tasks)
         known = self._known_coefficients(len(labels.names))
+        for parameter in held_by(self.optimizer):
+            parameter.grad = None  # frees P numbers before the rows are formed
         with self._undo(labels) as before:
             batch = self._forward(inputs, labels, known)
             factors, weights, learned = self._weigh(batch.losses, labels)
@@ -183,7 +186,6 @@ class Step:
 
     def _update(self, batch: Batch, trunk: Gradients, heads: Gradients, learned: Gradients) -> None:
         """Put the gradients where the optimizer looks, None where no task reached, and step."""
-        self.model.zero_grad()
         parameters = [
             *batch.trunk_parameters,
             *(p for own in batch.head_parameters.values() for p in own),
@@ -218,7 +220,8 @@ class Step:
             raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
-        if not held_by(self.optimizer) & {id(p) for p in self.model.parameters()}:
+        held = {id(p) for p in held_by(self.optimizer)}
+        if not any(id(p) in held for p in self.model.parameters()):
             raise ValueError("the optimizer holds none of the model's parameters.")
 
     def _adopt_weighting(self) -> None:
@@ -226,7 +229,8 @@ class Step:
         if not isinstance(self.weighting, nn.Module):
             return
         self.weighting.to(next(self.model.parameters()).device)
-        new = [p for p in self._weighting_parameters() if id(p) not in held_by(self.optimizer)]
+        held = {id(p) for p in held_by(self.optimizer)}
+        new = [p for p in self._weighting_parameters() if id(p) not in held]
         if new:
             group: dict[str, Any] = {"params": new, "weight_decay": 0.0}
             lr = getattr(self.weighting, "lr", None)
@@ -248,7 +252,8 @@ class Step:
     def _undo(self, labels: Labels) -> Generator[RandomState]:
         """On an error put everything back, and let the error call the task by its name."""
         try:
-            with unchanged_on_error(self.model, self._stages().values()) as before:
+            devices = {p.device for p in held_by(self.optimizer)}
+            with unchanged_on_error(self.model, self._stages().values(), devices) as before:
                 yield before
         except TaskError as error:
             raise error.named(labels.names) from None
@@ -288,6 +293,6 @@ class Step:
         random.restore()
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The identities of an optimizer's parameters."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

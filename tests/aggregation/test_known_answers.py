@@ -369,6 +369,12 @@ def test_pcgrad_mean_is_the_sum_over_the_number_of_tasks() -> None:
 # --------------------------------------------------------------------------------- unanimity
 
 
+def test_two_equal_gradients_share_the_weight() -> None:
+    equal = [[0.5, -2.0], [0.5, -2.0]]
+    close(weights_of(MGDA(), equal), [0.5, 0.5], 1e-12)
+    close(weights_of(IMTLG(), equal), [0.5, 0.5], 1e-12)
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize(
     ("aggregator", "factor"),

@@ -148,7 +148,7 @@ def test_a_run_killed_outside_training_ends_with_the_same_numbers(tmp_path, monk
 
 
 def test_a_killed_process_ends_with_the_same_numbers(tmp_path):
-    options = "--epochs 4 --batch-size 500 --device cpu --seed 5"
+    options = "--epochs 8 --batch-size 500 --device cpu --seed 5"
     command = [sys.executable, "-m", "equipoise", "train", "igbv1+pcgrad", *options.split()]
     command += ["--out", str(tmp_path / "killed")]
     process = subprocess.Popen(
@@ -167,10 +167,10 @@ def test_a_killed_process_ends_with_the_same_numbers(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "result.json").exists()
 
-    same = config("igbv1+pcgrad", data="multidigits", epochs=4, batch_size=500, seed=5)
+    same = config("igbv1+pcgrad", data="multidigits", epochs=8, batch_size=500, seed=5)
     seen = []
     train(same, tmp_path / "killed", lambda done, report: seen.append(done))
-    assert len(seen) < 4 * 8
+    assert len(seen) < 8 * 8
     train(same, tmp_path / "whole")
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 

@@ -186,7 +186,10 @@ def cagrad(rows: np.ndarray, c: float = 0.4, rescale: int = 1) -> np.ndarray:
 
 
 def _cagrad_on_support(
-    rows: np.ndarray, center: np.ndarray, radius: float, support: Sequence[int]
+    rows: np.ndarray,
+    center: np.ndarray,
+    radius: float,
+    support: Sequence[int] | np.ndarray | np.ndarray,
 ) -> list[np.ndarray]:
     """Return the points of the sphere at which the tasks of the support gain equally.
 

@@ -77,6 +77,20 @@ def test_weights_are_numbers(make: Make) -> None:
     assert torch.isfinite(weighting.weights).all()
 
 
+@every
+def test_state_holds_no_graph(make: Make) -> None:
+    weighting = make()
+    for _ in range(5):
+        weighting(fresh_losses())
+    learned = {name for name, _ in weighting.named_parameters()}
+    graphs = [
+        key
+        for key, value in weighting.state_dict(keep_vars=True).items()
+        if key not in learned and isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+    assert not graphs
+
+
 @given(LOSSES)
 @balanced
 def test_weights_sum_to_the_number_of_tasks(make: Make, losses: list[float]) -> None:

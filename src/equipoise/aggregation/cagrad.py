@@ -11,9 +11,9 @@ from equipoise.aggregation.solvers import EPS, cagrad_weights
 class CAGrad(GramAggregator):
     """Conflict-averse gradient descent (Liu et al., NeurIPS 2021, eq. 4 and algorithm 1).
 
-    d maximises min_i <g_i, d> under |d - g_0| <= c |g_0|, with g_0 the mean gradient. The dual is
-    solved exactly; the reference stops SLSQP at an absolute tolerance and so returns equal weights
-    for gradients shorter than about 1e-2.
+    d maximises `min_i <g_i, d>` under `|d - g_0| <= c |g_0|`, with g_0 the mean gradient. The dual
+    is solved exactly; the reference stops SLSQP at an absolute tolerance and so returns equal
+    weights for gradients shorter than about 1e-2.
 
     Args:
         c: radius of the ball over |g_0|, at least 0. 0.4 in nash-mtl, IGB4MTL and F-MTL; 0.5 in
@@ -25,8 +25,8 @@ class CAGrad(GramAggregator):
 
     Unanimity value g times (1 + c), (1 + c) / (1 + c^2) or 1 for rescale 0, 1, 2. Each task's
     product with d is at least its worst-case bound, which is positive for c near 1 only. A zero
-    gradient: d = g_0 (scaled). Opposite gradients: (1 - c) g_0 for c < 1. Mean gradient zero:
-    d = 0. Passes: one trunk forward and T backwards a step. Memory: T x P.
+    gradient, or any combination that cancels out, leaves no worst case: d = g_0 (scaled), which may
+    then conflict. Opposite gradients: (1 - c) g_0 for c < 1. Mean gradient zero: d = 0. Passes: one trunk forward and T backwards a step. Memory: T x P.
     """
 
     def __init__(self, c: float = 0.4, rescale: int = 1) -> None:
@@ -46,6 +46,6 @@ class CAGrad(GramAggregator):
         if mean_norm > 0 and self.c > 0:
             worst = cagrad_weights(gram, self.c)
             norm = np.sqrt(max(worst @ gram @ worst, 0.0))
-            if norm > np.sqrt(EPS):
+            if norm > np.sqrt(EPS) * (worst @ np.sqrt(np.diagonal(gram))):  # else it cancels out
                 d = d + self.c * mean_norm / norm * worst
         return d / (1, 1 + self.c**2, 1 + self.c)[self.rescale]

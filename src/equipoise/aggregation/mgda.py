@@ -14,7 +14,7 @@ class MGDA(GramAggregator):
     """Multiple-gradient descent: d = sum w_i g_i with w = argmin over the simplex of |sum w_i g_i|.
 
     Desideri (2012); Sener & Koltun (2018), eq. 3. Solved exactly, as a non-negative least-squares
-    problem. d satisfies <g_i, d> >= |d|^2 for all i, with equality where w_i > 0: it never
+    problem. d satisfies `<g_i, d> >= |d|^2` for all i, with equality where w_i > 0: it never
     conflicts, and is 0 exactly at Pareto stationary points.
 
     Args:

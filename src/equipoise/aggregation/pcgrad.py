@@ -13,7 +13,7 @@ class PCGrad(GeneratorState, GramAggregator):
     """Gradient surgery (Yu et al., NeurIPS 2020, algorithm 1).
 
     From each gradient what conflicts with the others is projected out, one other task after the
-    other in random order: p <- p - (<p, g_j> / |g_j|^2) g_j where <p, g_j> < 0; d = sum p_i.
+    other in random order: `p <- p - (<p, g_j> / |g_j|^2) g_j` where `<p, g_j> < 0`; d = sum p_i.
     nash-mtl, IGB4MTL, LibMTL and F-MTL let a task also meet itself in that loop, which changes
     the result from three tasks on; here it does not.
 

@@ -107,8 +107,8 @@ def _radius_on_support(
 def equal_projection_weights(gram: Array) -> Array:
     """Weights with sum 1 whose combination has equal products with all unit gradients.
 
-    Solves gram a = l n, 1^T a = 1 with n_i = sqrt(gram_ii) > 0. Where gram is singular the
-    solution nearest to equal weights is taken.
+    Solves gram a = l n, 1^T a = 1 with n_i = sqrt(gram_ii) > 0. Where that has no solution or
+    several, the least-squares solution nearest to equal weights is taken.
     """
     m = len(gram)
     n = np.sqrt(np.diagonal(gram))
@@ -117,7 +117,8 @@ def equal_projection_weights(gram: Array) -> Array:
     values, vectors = np.linalg.eigh(cosines)
     if values[0] > tolerance * values[-1]:
         a = vectors @ (vectors.sum(0) / values) / n
-        return a / a.sum()
+        if abs(a.sum()) > tolerance * np.abs(a).sum():
+            return a / a.sum()
     # gram a is parallel to n exactly if its part orthogonal to n vanishes.
     unit = n / np.linalg.norm(n)
     equal = np.full(m, 1 / m)

@@ -159,11 +159,11 @@ def compare(
     check(configs)
     writable(comparison.out)
     outcomes = comparison.run(jobs)
-    table = comparison.save(outcomes, sign)
-    print(table.text())
+    print(comparison.save(outcomes, sign).text())
     failures = sum(isinstance(outcome, Failure) for outcome in outcomes)
     if failures < len(outcomes):
-        print(f"The page with the pictures: {comparison.out / 'report.html'}")
+        page = report.write(comparison.out, run_folders(comparison.out), sign)
+        print(f"\nThe page with the pictures: {page}")
     if failures:
         complain(f"{failures} of {len(outcomes)} runs failed; see error.txt in their folders.")
     return FAILED if failures else DONE

@@ -17,7 +17,7 @@ from typing import Any
 
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
-from equipoise.lab import report, runs, table
+from equipoise.lab import runs, table
 from equipoise.lab.config import ConfigError, RunConfig, refuse_difference
 from equipoise.lab.files import read_json, write_json, write_text
 from equipoise.lab.progress import Display, Throttle
@@ -106,7 +106,7 @@ class Comparison:
         }
 
     def save(self, outcomes: Sequence[Outcome], sign: Sign) -> table.Table:
-        """Write the table in its four forms, and the page; returns the table."""
+        """Write the table in its four forms; returns it."""
         rows: list[dict[str, Any]] = [
             {"recipe": job.config.recipe, "seed": job.config.seed, "failed": outcome.message}
             if isinstance(outcome, Failure)
@@ -118,13 +118,6 @@ class Comparison:
         write_text(self.out / "table.md", summarised.markdown())
         write_text(self.out / "table.csv", summarised.csv())
         write_text(self.out / "table.json", summarised.json())
-        done = [
-            job.folder
-            for job, outcome in zip(self.jobs, outcomes, strict=True)
-            if not isinstance(outcome, Failure)
-        ]
-        if done:
-            report.write(self.out, done, sign)
         return summarised
 
 
@@ -134,10 +127,10 @@ def run_name(config: RunConfig) -> str:
 
 
 def run_folders(folder: str | Path) -> list[Path]:
-    """The finished runs that `folder` stands for: itself, or those of a comparison in order.
+    """The runs that `folder` stands for: itself, or those of a comparison that have begun.
 
     Raises:
-        ConfigError: the folder is not there, or holds no finished run.
+        ConfigError: the folder is not there, or holds no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -145,9 +138,9 @@ def run_folders(folder: str | Path) -> list[Path]:
     candidates = [folder]
     if (folder / "comparison.json").exists():
         candidates = [folder / run for run in read_json(folder / "comparison.json")["runs"]]
-    found = [candidate for candidate in candidates if runs.finished(candidate) is not None]
+    found = [candidate for candidate in candidates if (candidate / "config.json").exists()]
     if not found:
-        raise ConfigError(f"{folder} holds no finished run and no comparison with one.")
+        raise ConfigError(f"{folder} holds no run, and no comparison with one.")
     return found
 
 

@@ -31,7 +31,7 @@ class RunConfig(BaseModel):
     data_root: str | None = None
     """Folder with the files of the data set; None for a set that comes along."""
     model: str = "lenet"
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(25, ge=1)
     batch_size: int = Field(128, ge=1)
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Learning rate of Adam."""

@@ -10,7 +10,7 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from equipoise.diagnostics import delta_m
+from equipoise.lab.folders import History
 from equipoise.lab.summary import SINGLE_TASK, Metric, Row, Summary
 
-History = Mapping[str, np.ndarray]
-"""One run: column of metrics.csv -> (epochs,) values, NaN where the cell is empty."""
 Histories = Mapping[str, Sequence[History]]
 """Recipe -> its runs."""
 
@@ -34,8 +33,9 @@ INK = "#010203"  # becomes the colour of the page's text, so that one picture su
 # against white and against nearly black.
 COLOURS = ("#0072b2", "#d55e00", "#00916a", "#bf6a98", "#bd8000", "#3d97cc", "#7d62c4", "#8b8b2f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SHORT = 8  # epochs; curves of longer runs are drawn from the second fifth on
 WIDTH, HEIGHT = 4.8, 3.0  # inches; the height without a key, which is the page's business
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -78,8 +78,10 @@ def looks(names: Sequence[str], first: int = 0) -> dict[str, Look]:
         if name == SINGLE_TASK:
             found[name] = Look(INK, "x", "--")
         else:
-            dashes = ("-", "--", ":", "-.")[n // len(COLOURS) % 4]
-            found[name] = Look(COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)], dashes)
+            turn = n // len(COLOURS)  # the same colour again comes with other dashes and marker
+            dashes = ("-", ":", "-.", "--")[turn % 4]
+            marker = MARKERS[(n + 3 * turn) % len(MARKERS)]
+            found[name] = Look(COLOURS[n % len(COLOURS)], marker, dashes)
             n += 1
     return found
 
@@ -96,8 +98,8 @@ def curves(
 ) -> Figure:
     """One column over the epochs: a line for the mean over seeds, a band from least to greatest.
 
-    The vertical axis fits what comes after the first fifth of training, where curves differ by
-    less than in the first epochs; `limits` sets it instead.
+    In runs of more than `SHORT` epochs the vertical axis fits what comes after the first fifth of
+    training, for what is before would flatten it; `limits` sets it instead.
 
     Args:
         histories: the runs of each recipe; runs without the column are left out.
@@ -114,7 +116,8 @@ def curves(
             found = over_epochs(runs, column)
             if found is not None:
                 epochs, values = found[0], factor * found[1]
-                late.append(values[:, epochs > epochs.max() / 5])
+                start = epochs.max() / 5 if epochs.max() > SHORT else 0
+                late.append(values[:, epochs > start])
                 _line(axes, epochs, values, look[recipe], i)
         if limits is not None:
             axes.set_ylim(*limits)
@@ -196,8 +199,9 @@ def tasks_against(summary: Summary, baseline: Row, look: Mapping[str, Look]) -> 
     metrics = [m for m in metrics if baseline.metrics[m.task].mean != 0]
     if not metrics:
         return None
-    with _axes("", height=1.0 + 0.42 * len(metrics)) as (figure, axes):
-        rows = [row for row in summary.rows if row is not baseline]
+    rows = [row for row in summary.rows if row is not baseline and row.metrics]
+    room = max(0.3, min(0.11 * len(rows), 16 / len(metrics)))  # inches for a task
+    with _axes("", height=0.8 + room * len(metrics)) as (figure, axes):
         axes.axvline(0, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
         for n, metric in enumerate(metrics):
             reference = [baseline.metrics[metric.task].mean]
@@ -206,9 +210,9 @@ def tasks_against(summary: Summary, baseline: Row, look: Mapping[str, Look]) -> 
                     continue
                 values = row.metrics[metric.task].values
                 better = [delta_m([v], reference, [metric.higher_is_better]) for v in values]
-                level = n + 0.6 * ((i + 0.5) / len(rows) - 0.5)
+                level = n + 0.8 * ((i + 0.5) / len(rows) - 0.5)
                 mean = float(np.mean(better))
-                _point(axes, better, [level] * len(better), mean, level, look[row.recipe])
+                _point(axes, better, [level] * len(better), mean, level, look[row.recipe], size=6)
         axes.set_yticks(range(len(metrics)), [m.task for m in metrics])
         axes.set_ylim(len(metrics) - 0.5, -0.5)
         axes.set_xlabel(f"improvement over {baseline.recipe} (%) → better")
@@ -240,18 +244,25 @@ def svg(figure: Figure, description: str) -> str:
     """
     salt = hashlib.sha256(description.encode()).hexdigest()  # the same page for the same runs
     text = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+    style: Any = {**STYLE, "svg.hashsalt": salt}
+    with matplotlib.rc_context(style):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.DOTALL)
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # would be there twice in a page
     drawing = re.sub(rf"((?:fill|stroke): ?){INK}", r"\1currentColor", drawing)
+    drawing = re.sub(r' (?:d|x|y)="[^"]*"', _rounded, drawing)
     box = re.search(r'viewBox="[^"]*"', drawing)
     label = html.escape(description, quote=True)
     head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{label}" '
     body = drawing[drawing.index(">") + 1 :]
     return f"{head}{box[0] if box else ''}>{body}"
+
+
+def _rounded(attribute: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point, which is finer than any screen."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0])
 
 
 def key(look: Look) -> str:
@@ -267,7 +278,7 @@ def key(look: Look) -> str:
 
 
 @contextmanager
-def _axes(title: str, height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+def _axes(title: str, height: float = HEIGHT) -> Generator[tuple[Figure, Axes], None, None]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
@@ -289,12 +300,14 @@ def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, look: Look, turn: 
     )
     if len(values) > 1:
         low, high = known.min(0), known.max(0)
-        axes.fill_between(epochs, low, high, color=look.colour, alpha=0.15, lw=0)
+        axes.fill_between(epochs, low, high, color=look.colour, alpha=0.12, lw=0)
 
 
-def _point(axes: Axes, xs: Any, ys: Any, x: float, y: float, look: Look) -> None:
-    axes.plot(xs, ys, ls="", marker=look.marker, ms=3.5, color=look.colour, alpha=0.4, mew=0.8)
-    axes.plot([x], [y], ls="", marker=look.marker, ms=7.5, color=look.colour, zorder=3)
+def _point(axes: Axes, xs: Any, ys: Any, x: float, y: float, look: Look, size: float = 7.5) -> None:
+    axes.plot(
+        xs, ys, ls="", marker=look.marker, ms=0.6 * size, color=look.colour, alpha=0.45, mew=0.8
+    )
+    axes.plot([x], [y], ls="", marker=look.marker, ms=size, color=look.colour, zorder=3)
 
 
 def _epoch_axis(axes: Axes, label: str) -> None:

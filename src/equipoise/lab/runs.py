@@ -16,7 +16,6 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from equipoise.lab import data as datasets
@@ -35,8 +34,6 @@ Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
 PROBES = 8  # batches on which conflict/probe is measured
-PACKAGES = ("equipoise", "torch", "numpy", "scipy", "lightning-fabric", "torchmetrics",
-            "scikit-learn")  # fmt: skip
 
 
 class Result(TypedDict):
@@ -98,6 +95,9 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, data: Data | None = None) -> None:
+        # Here, not above: its import takes a second, which `equipoise list` need not wait for.
+        from lightning_fabric import Fabric
+
         self.config = config
         self.data = data or datasets.load(config.data, config.data_root)
         device = torch.device(config.device)
@@ -150,8 +150,8 @@ class Run:
         tasks = {task.name: task for task in self.data.tasks}
         scores = {name: tasks[name].score(value) for name, value in values.items()}
         for i, group in enumerate(self.model.groups):
-            score = float(np.mean([scores[name] for name in group]))
-            if i < len(self.best) and not score > self.best[i]["score"]:
+            score = mean([scores[name] for name in group])
+            if i < len(self.best) and (score <= self.best[i]["score"] or np.isnan(score)):
                 continue
             state = {
                 key: value.detach().cpu().clone()
@@ -162,7 +162,7 @@ class Run:
         return {
             **{f"loss/val/{name}": loss for name, loss in losses.items()},
             **{f"{tasks[name].metric_name}/val/{name}": value for name, value in values.items()},
-            "score": float(np.mean(list(scores.values()))),
+            "score": mean(list(scores.values())),
         }
 
     def measure(self, split: Split) -> tuple[dict[str, float], dict[str, float]]:
@@ -265,6 +265,11 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def mean(scores: list[float]) -> float:
+    """The mean of those that are known: a task may have no label to validate on (NaN)."""
+    return float(torch.tensor(scores, dtype=torch.float64).nanmean())
+
+
 def columns(
     kind: str, names: Sequence[str], vectors: Iterable[Tensor | None]
 ) -> dict[str, float | None]:
@@ -288,7 +293,10 @@ def environment(run: Run) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {
+            name: _version(name)
+            for name in "equipoise torch numpy scipy lightning-fabric torchmetrics".split()
+        },
     }
 
 

@@ -174,6 +174,10 @@ def summarise(results: Iterable[Mapping[str, Any]], sign: Sign = "improvement") 
         )
     notes += [f"Δm is not defined: {why}" for why in sorted(undefined)]
     for row in rows:
+        lacking = [m.task for m in metrics if row.seeds and m.task not in row.metrics]
+        if lacking:
+            over = "; its Δm is over the other tasks" if row.delta_m else ""
+            notes.append(f"{row.recipe} has no test value of {', '.join(lacking)}{over}.")
         notes += [f"{row.recipe}, seed {seed}: {why}" for seed, why in row.failed.items()]
     data, model = (finished[0][key] if finished else "" for key in ("data", "model"))
     return Summary(data, model, metrics, tuple(rows), sign, tuple(notes))

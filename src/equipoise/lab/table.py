@@ -13,9 +13,11 @@ from typing import Any
 
 from equipoise.diagnostics import Sign
 from equipoise.lab import summary as summaries
-from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Spread, Summary
+from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Spread, Summary
 
 NONE = "–"  # where there is no number
+FEW = 6  # tasks that stand before Δm
+WIDTH = 100  # characters of a line of plain text
 SIGNS: dict[str, str] = {
     "improvement": "in percent, positive is better (the sign of F-MTL)",
     "drop": "as a fraction, negative is better (the sign of IGB)",
@@ -68,58 +70,58 @@ class Table:
         )
 
     def columns(self) -> list[Column]:
-        """What is printed; the first column holds the recipes, the last the number of seeds."""
+        """What is printed: recipe, tasks, Δm, T, seeds; many tasks come after Δm, T and seeds."""
         rows = self.summary.rows
-        found = [_plain("recipe", [row.recipe for row in rows])]
-        for metric in self.summary.metrics:
-            factor, decimals = (100.0, 2) if metric.percent else (1.0, None)
-            entries = [
-                (spread.times(factor).format(decimals), spread.mean)
-                if (spread := row.metrics.get(metric.task))
-                else None
-                for row in rows
-            ]
-            heading = (metric.task, f"{metric.label} {metric.better}")
-            found.append(_rated(heading, entries, metric.higher_is_better))
-        if self.summary.metrics:
-            improvement = self.summary.sign == "improvement"
-            decimals = 2 if improvement else 4
-            deltas = [row.delta_m for row in rows]
-            entries = [(d.format(decimals, plus=True), d.mean) if d else None for d in deltas]
-            found.append(_rated(("Δm", "(%) ↑" if improvement else "↓"), entries, improvement))
-            times = [row.relative_time for row in rows]
-            entries = [None if t is None else (f"{t:.2f}", t) for t in times]
-            found.append(_rated(("T", "↓"), entries, False))
-            found[1].cells[:] = [
-                cell if row.seeds else "failed"
-                for cell, row in zip(found[1].cells, rows, strict=True)
-            ]
+        tasks = [self._task(metric) for metric in self.summary.metrics]
+        totals = [self._delta_m(), self._relative_time()] if tasks else []
         runs = [
             f"{len(row.seeds)} of {len(row.seeds) + len(row.failed)}" if row.failed
             else str(len(row.seeds))
             for row in rows
         ]  # fmt: skip
-        return [*found, _plain("seeds", runs)]
+        totals.append(_plain("seeds", runs))
+        numbers = [*tasks, *totals] if len(tasks) <= FEW else [*totals, *tasks]
+        if tasks:
+            numbers[0].cells[:] = [
+                cell if row.seeds else "failed"
+                for cell, row in zip(numbers[0].cells, rows, strict=True)
+            ]
+        return [_plain("recipe", [row.recipe for row in rows]), *numbers]
+
+    def _task(self, metric: Metric) -> Column:
+        factor, decimals = (100.0, 2) if metric.percent else (1.0, None)
+        spreads = [row.metrics.get(metric.task) for row in self.summary.rows]
+        entries = [(s.times(factor).format(decimals), s.mean) if s else None for s in spreads]
+        heading = (metric.task, f"{metric.label} {metric.better}")
+        return _rated(heading, entries, metric.higher_is_better)
+
+    def _delta_m(self) -> Column:
+        improvement = self.summary.sign == "improvement"
+        decimals, unit = (2, "(%) ↑") if improvement else (4, "↓")
+        deltas = [row.delta_m for row in self.summary.rows]
+        entries = [(d.format(decimals, plus=True), d.mean) if d else None for d in deltas]
+        return _rated(("Δm", unit), entries, improvement)
+
+    def _relative_time(self) -> Column:
+        times = [row.relative_time for row in self.summary.rows]
+        entries = [None if t is None else (f"{t:.2f}", t) for t in times]
+        return _rated(("T", "↓"), entries, False)
 
     def text(self) -> str:
-        """For a terminal or a log: aligned, the best of each column with a star."""
-        columns = self.columns()
-        lines = [""] * (3 + len(self.summary.rows))
-        for i, column in enumerate(columns):
-            room = " " if any(column.best) else ""  # for the star, so that the digits align
-            cells = [
-                cell + ("*" if best else room)
-                for cell, best in zip(column.cells, column.best, strict=True)
-            ]
-            parts = [*(line + room for line in column.heading), *cells]
-            width = max(map(len, parts))
-            parts.insert(2, "-" * width)
-            for n, part in enumerate(parts):
-                lines[n] += f"  {part:>{width}}" if i else f"{part:<{width}}"
-        lines = [line.rstrip() for line in lines if line.strip()]
-        star = ["*: best of its column."] if any(any(c.best) for c in columns) else []
+        """For a terminal or a log: aligned, the best of each column with a star.
+
+        What is wider than `WIDTH` goes on below, with the recipes again.
+        """
+        names, *columns = [_block(column, i > 0) for i, column in enumerate(self.columns())]
+        tables = [names]
+        for column in columns:
+            if tables[-1] is not names and len(tables[-1][0]) + 2 + len(column[0]) > WIDTH:
+                tables.append(names)
+            tables[-1] = [f"{left}  {c}" for left, c in zip(tables[-1], column, strict=True)]
+        parts = ["\n".join(line.rstrip() for line in t if line.strip()) for t in tables]
+        star = ["*: best of its column."] if any(any(c.best) for c in self.columns()) else []
         below = filter(None, [self.caption, *star, *self.summary.notes])
-        return "\n".join([self.title, "", *lines, "", *(fill(line, 96) for line in below)])
+        return "\n\n".join([self.title, *parts, "\n".join(fill(line, WIDTH) for line in below)])
 
     def markdown(self) -> str:
         """A Markdown table; the best of each column is bold."""
@@ -187,6 +189,18 @@ class Table:
 
 def _plain(heading: str, cells: list[str]) -> Column:
     return Column((heading, ""), cells, [False] * len(cells))
+
+
+def _block(column: Column, right: bool) -> list[str]:
+    """The lines of one column, all of one width."""
+    room = " " if any(column.best) else ""  # for the star, so that the digits align
+    cells = [
+        cell + ("*" if best else room) for cell, best in zip(column.cells, column.best, strict=True)
+    ]
+    lines = [*(line + room for line in column.heading), *cells]
+    width = max(map(len, lines))
+    lines.insert(2, "-" * width)
+    return [line.rjust(width) if right else line.ljust(width) for line in lines]
 
 
 def _rated(

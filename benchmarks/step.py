@@ -1,0 +1,132 @@
+"""What a step costs over plain SGD, beside the number of passes that it cannot go below.
+
+    python benchmarks/step.py [--rounds 30] [--threads 1] [--json FILE]
+
+Every round times a few steps of plain SGD (one forward, one backward of the summed losses,
+`optimizer.step`) and then of each method, so that a machine that slows down slows them all; a
+round gives a ratio for each method, and the table shows their median and quartiles. The limit
+counts a forward as one unit and a backward as two: a method with T backwards through the trunk
+cannot cost less than (1 + 2T) / 3 of SGD, if heads are free and backward costs what it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import environment, quartiles, table, write
+from torch import nn
+
+import equipoise as eq
+
+METHODS = {
+    # name: (recipe, trunk backwards as a function of T)
+    "EW": ("ew", lambda n: 1),
+    "IGBv1": ("igbv1", lambda n: 1),
+    "MGDA": ("mgda", lambda n: n),
+    "CAGrad": ("cagrad", lambda n: n),
+    "PCGrad": ("pcgrad", lambda n: n),
+    "MGDA-UB": ("mgda-ub", lambda n: 1),
+}
+
+
+def lenet(n_tasks: int) -> eq.SharedTrunk:
+    """LeNet for 36 x 36 images, as in the MultiMNIST experiments: 10 classes a task."""
+    trunk = nn.Sequential(
+        nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(10, 20, 5), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(20 * 6 * 6, 50), nn.ReLU(),
+    )  # fmt: skip
+    return eq.SharedTrunk(trunk, {f"task{i}": nn.Linear(50, 10) for i in range(n_tasks)})
+
+
+def small_cnn(n_tasks: int) -> eq.SharedTrunk:
+    """A small convolutional net for 32 x 32 colour images with one logit a task."""
+    trunk = nn.Sequential(
+        nn.Conv2d(3, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(),
+    )  # fmt: skip
+    return eq.SharedTrunk(trunk, {f"task{i}": nn.Linear(128, 10) for i in range(n_tasks)})
+
+
+PROBLEMS: dict[str, tuple[Callable[[int], eq.SharedTrunk], int, tuple[int, ...]]] = {
+    "LeNet, T=2, batch 256": (lenet, 2, (256, 1, 36, 36)),
+    "small CNN, T=10, batch 128": (small_cnn, 10, (128, 3, 32, 32)),
+}
+
+
+def plain_sgd(model: eq.SharedTrunk, inputs: torch.Tensor, targets: dict) -> Callable[[], None]:
+    """The baseline, written as anyone would."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        sum(F.cross_entropy(outputs[task], targets[task]) for task in model.tasks).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(name: str, rounds: int, steps: int) -> list[dict]:
+    """One row for each method on one problem."""
+    build, n_tasks, shape = PROBLEMS[name]
+    torch.manual_seed(0)
+    inputs = torch.randn(shape)
+    targets = {f"task{i}": torch.randint(10, shape[:1]) for i in range(n_tasks)}
+    losses = dict.fromkeys(targets, F.cross_entropy)
+    runs = {"SGD": plain_sgd(build(n_tasks), inputs, targets)}
+    for method, (recipe, _) in METHODS.items():
+        step = eq.Recipe.parse(recipe).build(
+            build(n_tasks), losses, 1e-3, 100, optimizer=torch.optim.SGD, seed=0
+        )
+        runs[method] = lambda step=step: step(inputs, targets)
+    seconds: dict[str, list[float]] = {method: [] for method in runs}
+    for k in range(rounds + 2):
+        for method, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                run()
+            if k >= 2:  # two rounds to warm up
+                seconds[method].append((time.perf_counter() - start) / steps)
+    rows = []
+    for method, (recipe, backwards) in METHODS.items():
+        ratios = [a / b for a, b in zip(seconds[method], seconds["SGD"], strict=True)]
+        low, middle, high = quartiles(ratios)
+        limit = (1 + 2 * backwards(n_tasks)) / 3
+        rows.append(
+            {
+                "problem": name,
+                "method": method,
+                "recipe": recipe,
+                "over SGD": round(middle, 3),
+                "quartiles": f"{low:.3f} to {high:.3f}",
+                "limit": round(limit, 3),
+                "over limit": round(middle / limit, 3),
+                "SGD ms": round(1e3 * quartiles(seconds["SGD"])[1], 2),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds")
+    parser.add_argument("--steps", type=int, default=3, help="steps timed in a row")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--json", default=None, help="write the rows here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = [row for name in PROBLEMS for row in measure(name, arguments.rounds, arguments.steps)]
+    print(table(rows))
+    write(arguments.json, {"environment": environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
