@@ -24,7 +24,7 @@ MARK = re.compile(r"^<!-- (methods|names): ([\w.]+) -->$", re.MULTILINE)
 
 def methods_table(axis: str) -> str:
     """The registered methods of one axis: their names in recipes, and what each does."""
-    recipe = importlib.import_module("equipoise.recipe")
+    recipe = importlib.import_module("equipoise.registry")
     public = set(importlib.import_module("equipoise").__all__)
     tokens: dict[Any, list[str]] = {}  # one method may have a name for each level
     summaries = {}

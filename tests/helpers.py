@@ -192,9 +192,7 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
 def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Give the largest difference of any parameter, relative to the largest entry of it."""
     assert a.keys() == b.keys()
-    return max(
-        ((a[k] - b[k]).abs().max() / b[k].abs().max().clamp_min(1e-300)).item() for k in a
-    )
+    return max(((a[k] - b[k]).abs().max() / b[k].abs().max().clamp_min(1e-300)).item() for k in a)
 
 
 # ------------------------------------------------------------------------------- reference
@@ -257,5 +255,117 @@ def concatenated(value: Tensor, of: Iterable[Tensor]) -> Tensor:
     of = list(of)
     parts = torch.autograd.grad(value, of, retain_graph=True, allow_unused=True)
     return torch.cat(
-        [(torch.zeros_like(x) if g is None else g).reshape(-1) for g, x in zip(parts, of, strict=True)]
+        [
+            (torch.zeros_like(x) if g is None else g).reshape(-1)
+            for g, x in zip(parts, of, strict=True)
+        ]
     )
+
+
+# ----------------------------------------------------------------------------- two processes
+
+RANKED_TASKS = ("a", "b", "c")
+PARTS = (slice(0, 5), slice(5, 7))  # of a joint batch of 7 samples
+STEPS = 3
+
+
+def smooth_callable(rows: Tensor) -> Tensor:
+    """Aggregate without coefficients."""
+    return rows.sum(0) * rows.abs().mean(0)
+
+
+def ranked_step(recipe: str, seed: int = 0) -> eq.Step:
+    """Give the Step of a recipe, or of the plain callable, in float64; SGD with momentum."""
+    model = linear_model(RANKED_TASKS)
+    losses = all_tasks(model, F.mse_loss)
+
+    def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.01)
+
+    if recipe == "callable":
+        given = optimizer(model.parameters(), 0.1)
+        return eq.Step(model, losses, given, None, smooth_callable)
+    return eq.Recipe.parse(recipe).build(model, losses, 0.1, 1, optimizer=optimizer, seed=seed)
+
+
+def ranked_batch(k: int, part: slice = slice(None)) -> tuple[Tensor, dict, dict]:
+    """Give batch k, or one process's part of it.
+
+    Task b has labels in the first part only, and is absent from the second part's targets; some
+    samples of c are masked out, some of a are NaN. In the last batch c has no labels at all.
+    """
+    inputs, targets = regression_batch(RANKED_TASKS, seed=k, n=7)
+    targets["a"][[1, 6]] = torch.nan
+    targets["b"][5:] = torch.nan
+    keep = torch.tensor([True, False, True, True, True, True, False])
+    if k == STEPS - 1:
+        targets["c"] = torch.full_like(targets["c"], torch.nan)
+    given = {task: target[part] for task, target in targets.items()}
+    if part == PARTS[1]:
+        del given["b"]
+    return inputs[part], given, {"c": keep[part]}
+
+
+def run_rank(rank: int, folder: str, recipes: Sequence[str]) -> None:
+    """Train as one of two processes, recipe after recipe, and write down what happened."""
+    import datetime
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    found: dict[str, Any] = {}
+    for recipe in recipes:
+        step = ranked_step(recipe, seed=rank)  # private generators start as on the first process
+        reports = [step(*ranked_batch(k, PARTS[rank])) for k in range(STEPS)]
+        found[recipe] = {
+            "parameters": parameters_of(step.model),
+            "reports": [
+                {"losses": r.losses, "weights": r.weights, "coefficients": r.coefficients,
+                 "gram": r.gram, "norm": r.direction_norm}
+                for r in reports
+            ],
+            "columns": None if step._rows is None else step._rows.buffer.shape[1],
+            "state": step.weighting.state_dict() if isinstance(step.weighting, nn.Module) else {},
+        }  # fmt: skip
+    found["errors"] = [_ranked_error(rank, kind) for kind in ("loss", "gradient")]
+    found["functional"] = _ranked_backward(PARTS_OF_EQUAL_SIZE[rank])
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+PARTS_OF_EQUAL_SIZE = (slice(0, 4), slice(4, 8))
+
+
+def _ranked_error(rank: int, kind: str) -> tuple[str, str, list[str]]:
+    """Let the loss of b go wrong in the second process only."""
+    step = ranked_step("rlw+mgda")
+    inputs, targets, masks = ranked_batch(0, PARTS[rank])
+    targets["b"] = torch.zeros(len(inputs), 1, dtype=torch.float64)
+    if rank == 1 and kind == "loss":
+        step.losses["b"] = lambda output, target: F.mse_loss(output, target) * torch.nan
+    if rank == 1 and kind == "gradient":
+        step.losses["b"] = lambda output, target: (output - output.detach()).abs().sqrt().sum()
+    before = snapshot(step)
+    try:
+        step(inputs, targets, masks)
+    except eq.EquipoiseError as error:
+        changed = [d for d in differences(before, snapshot(step)) if "grad" not in d]
+        return type(error).__name__, str(error), changed
+    return "none", "", []
+
+
+def _ranked_backward(part: slice) -> dict[str, Tensor]:
+    """Give the gradients of the functional form on a part of a batch."""
+    model = linear_model(RANKED_TASKS)
+    inputs, targets = regression_batch(RANKED_TASKS)
+    outputs = model(inputs[part])
+    losses = {t: F.mse_loss(outputs[t], targets[t][part]) for t in model.tasks}
+    eq.backward(losses, model.trunk.parameters(), eq.MGDA())
+    return {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -105,7 +105,7 @@ def test_every_public_name_is_in_the_reference(gen_pages: ModuleType) -> None:
 
 
 def test_the_method_pages_list_the_registry(gen_pages: ModuleType) -> None:
-    from equipoise.recipe import METHODS
+    from equipoise.registry import METHODS
 
     page = gen_pages.expand((ROOT / "docs" / "methods.md").read_text(encoding="utf-8"))
     assert "<!-- methods" not in page
@@ -115,7 +115,7 @@ def test_the_method_pages_list_the_registry(gen_pages: ModuleType) -> None:
 
 
 def test_each_method_has_a_whole_sentence_for_a_summary() -> None:
-    from equipoise.recipe import METHODS
+    from equipoise.registry import METHODS
 
     cut = [method.token for method in METHODS.values() if not method.summary.endswith(".")]
     assert cut == []

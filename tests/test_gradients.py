@@ -132,7 +132,9 @@ def test_features_in_any_form(kind: str) -> None:
     flat = []
     for loss in (head(y).square().mean() + z.mean(), other(z).exp().mean()):
         parts = torch.autograd.grad(loss, (y, z), retain_graph=True, allow_unused=True)
-        parts = [torch.zeros_like(v) if g is None else g for g, v in zip(parts, (y, z), strict=True)]
+        parts = [
+            torch.zeros_like(v) if g is None else g for g, v in zip(parts, (y, z), strict=True)
+        ]
         flat.append(torch.cat([g.reshape(-1) for g in parts]))
     gram = torch.stack(flat) @ torch.stack(flat).T
     assert torch.allclose(result.gram, gram, rtol=1e-12)
@@ -142,7 +144,6 @@ def test_features_in_any_form(kind: str) -> None:
         assert torch.allclose(a, b, rtol=1e-10)
 
 
-@pytest.mark.xfail(reason="bug: each backward runs through all T losses")
 @pytest.mark.parametrize("level", ["parameters", "features"])
 def test_a_head_is_passed_once(level: str) -> None:
     model = linear_model()
@@ -156,7 +157,6 @@ def test_a_head_is_passed_once(level: str) -> None:
     assert [head.counts() for head in model.heads.values()] == [(1, 1), (1, 1)]
 
 
-@pytest.mark.xfail(reason="bug: what flows through a later feature is counted twice")
 def test_features_that_follow_from_each_other() -> None:
     torch.manual_seed(0)
     first, second, head = (nn.Linear(3, 3).double() for _ in range(3))
@@ -168,7 +168,10 @@ def test_features_that_follow_from_each_other() -> None:
         return [head(coarse).square().mean(), (head(coarse) + fine).exp().mean()], (fine, coarse)
 
     losses, features = run()
-    eq.backward(losses, first.parameters(), eq.Sum(), features)
+    with pytest.raises(eq.EquipoiseError, match="computed from another"):
+        eq.backward(losses, first.parameters(), eq.Sum(), features)
+    assert first.weight.grad is None
+    eq.backward(losses, first.parameters(), eq.Sum(), features[0])  # the one that comes first
     got, first.weight.grad = first.weight.grad, None
     sum(run()[0]).backward()
     assert torch.allclose(got, first.weight.grad, rtol=1e-10)
@@ -198,7 +201,9 @@ class BadGradient(torch.autograd.Function):
         return gradient * torch.inf
 
 
-def refused(change: Callable, error: type[Exception], words: str, level: str = "parameters") -> None:
+def refused(
+    change: Callable, error: type[Exception], words: str, level: str = "parameters"
+) -> None:
     """Check that `change` of losses, features and aggregator is refused and no .grad changed."""
     model = linear_model(("depth", "normals"))
     eq.backward(losses_of(model)[0], model.trunk.parameters(), eq.Sum())
@@ -228,7 +233,6 @@ def replaced(new: Callable[[Tensor], Any]) -> Callable:
             BadGradient.apply,
             eq.NonFiniteError,
             "task 'normals': gradient is not finite",
-            marks=pytest.mark.xfail(reason="bug: each backward runs through all T losses"),
         ),
     ],
 )

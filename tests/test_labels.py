@@ -82,7 +82,6 @@ def test_nothing_there(targets: dict) -> None:
             labels(targets)
 
 
-@pytest.mark.xfail(reason="bug: reshape(0, -1) of a floating-point target of an empty batch")
 def test_a_batch_of_no_samples_has_no_labels() -> None:
     assert labels({"a": torch.zeros(0, 1), "b": torch.zeros(0, dtype=torch.long)}).names == []
 
@@ -143,9 +142,7 @@ def test_an_absent_task_leaves_its_head_alone(name: str, kind: str) -> None:
         optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    step = eq.Step(
-        model, all_tasks(model, F.mse_loss), optimizer, None, aggregator(), **options
-    )
+    step = eq.Step(model, all_tasks(model, F.mse_loss), optimizer, None, aggregator(), **options)
     inputs, targets = regression_batch(THREE)
     for _ in range(2):  # let momentum and Adam state build up
         step(inputs, targets)
@@ -231,10 +228,8 @@ def test_classes_with_masks_give_the_step_of_the_filtered_batch(shape: str) -> N
 
     def build() -> eq.Step:
         torch.manual_seed(1)
-        if shape == "scalar":
-            head = nn.Linear(4, 3)
-        else:
-            head = nn.Sequential(nn.Linear(4, 6), Pixels())
+        pixels = nn.Sequential(nn.Linear(4, 6), Pixels())
+        head = nn.Linear(4, 3) if shape == "scalar" else pixels
         model = eq.SharedTrunk(nn.Linear(5, 4), {"a": head}).double()
         return eq.Step(model, {"a": F.cross_entropy}, sgd(model), None, eq.MGDA())
 
@@ -243,9 +238,7 @@ def test_classes_with_masks_give_the_step_of_the_filtered_batch(shape: str) -> N
     first = masked(inputs, {"a": targets}, {"a": keep})
     second = filtered(inputs[keep], {"a": targets[keep]})
     assert torch.allclose(first.losses, second.losses, rtol=1e-12)
-    assert (
-        largest_difference(parameters_of(masked.model), parameters_of(filtered.model)) < 1e-12
-    )
+    assert largest_difference(parameters_of(masked.model), parameters_of(filtered.model)) < 1e-12
 
 
 @pytest.mark.parametrize("how", ["nan", "mask", "one absent"])

@@ -16,11 +16,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equipoise"
 
 STAGES = {"weighting", "aggregation", "sharpness", "line_search"}
-MAY_COMBINE_STAGES = {"", "step", "recipe"}  # "" is the package's own __init__
+MAY_COMBINE_STAGES = {"", "step", "registry"}  # "" is the package's own __init__
 STAGE_FREE = {"gradients", "replay"}
 CORE_IMPORTS = {"torch", "numpy", "scipy", "equipoise"}
 MAY_IMPORT_LAB = {"lab", "__main__"}
-DRIVERS = {"", "step", "recipe", "gradients", "trunk"}
+DRIVERS = {"", "step", "recipe", "registry", "combinations", "gradients", "trunk"}
 AUTOGRAD = {"backward", "grad", "vjp", "jvp", "jacrev", "jacfwd"}
 MAX_LINES_CORE, MAX_LINES_LAB = 300, 400
 
@@ -184,7 +184,7 @@ def modules_are_short(all_sources: Sources) -> list[str]:
 
 
 def registered_tokens() -> set[str]:
-    from equipoise.recipe import METHODS
+    from equipoise.registry import METHODS
 
     # "sum" and "mean" are also reductions of a tensor; a comparison with them is no branch on a
     # method.

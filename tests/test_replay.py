@@ -47,12 +47,7 @@ BUFFERED = {
     "moving average": lambda: MovingAverage(in_place=True),
     "replaced buffer": lambda: MovingAverage(in_place=False),
 }
-MOVING = [
-    pytest.param(name, marks=pytest.mark.xfail(reason="bug: a reassigned buffer is not put back"))
-    if name == "replaced buffer"
-    else name
-    for name in BUFFERED
-]
+MOVING = list(BUFFERED)
 
 
 # ------------------------------------------------------------------------------------ masks

@@ -94,7 +94,6 @@ def test_fit() -> None:
     assert not rows.fit(parameters())
 
 
-@pytest.mark.xfail(reason="bug: fit() does not look at dtypes")
 def test_a_buffer_does_not_fit_parameters_that_changed_their_dtype() -> None:
     module = nn.Linear(2, 2)
     rows = Rows(list(module.parameters()), 2, Ranks())

@@ -82,9 +82,11 @@ def test_the_state_is_a_copy_in_both_directions() -> None:
 
 def test_the_state_holds_everything() -> None:
     state = class_step(eq.IGBv1(1), eq.PCGrad()).state_dict()
-    assert state.keys() == {"model", "optimizer", "weighting", "aggregator", "random"}
+    assert state.keys() == {
+        "model", "optimizer", "weighting", "aggregator", "random", "stages"
+    }  # fmt: skip
     assert class_step(None, lambda rows: rows.sum(0)).state_dict().keys() == {
-        "model", "optimizer", "weighting", "random"
+        "model", "optimizer", "weighting", "random", "stages"
     }  # fmt: skip
 
 
@@ -116,7 +118,6 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("saved", "built"), OTHER)
-@pytest.mark.xfail(reason="weak: only missing parts are noticed, not other stages")
 def test_a_state_of_another_stage_is_refused_and_nothing_loaded(
     saved: Callable, built: Callable
 ) -> None:

@@ -234,6 +234,25 @@ def test_the_error_names_the_task_also_when_others_are_absent() -> None:
         step(inputs, targets)
 
 
+class SometimesFaulty(nn.Module):
+    """Has a bad gradient if a random draw says so, as a dropout mask may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Fault.apply(x, torch.inf) if torch.rand(()) < 0.5 else x
+
+
+def test_the_task_is_found_with_the_same_random_draws() -> None:
+    for seed in range(100):
+        torch.manual_seed(seed)
+        if torch.rand(()) < 0.5 < torch.rand(()):
+            break
+    step = regression_step(None, eq.Sum(), TASKS)
+    step.model.heads["normals"].append(SometimesFaulty())
+    torch.manual_seed(seed)
+    with pytest.raises(eq.NonFiniteError, match="task 'normals': gradient"):
+        step(*regression_batch(TASKS))
+
+
 @pytest.mark.parametrize("weighting", [eq.SI, lambda: eq.IGBv1(1)])
 def test_a_negative_loss_under_si(weighting: Callable) -> None:
     step = class_step(weighting(), eq.PCGrad(), TASKS)
@@ -250,8 +269,8 @@ def test_huge_but_finite_gradients_that_overflow_together() -> None:
     step = regression_step(None, eq.Sum(), ("a", "b"))
     step.model.float()
     for task in ("a", "b"):
-        step.losses[task] = lambda output, target: output.mean() * 0 + (
-            Fault.apply(output.sum() * 1e-3, 1e38)
+        step.losses[task] = lambda output, target: (
+            output.mean() * 0 + (Fault.apply(output.sum() * 1e-3, 1e38))
         )
     inputs, targets = regression_batch(("a", "b"), dtype=torch.float32)
     before = parameters_of(step.model)
@@ -273,7 +292,6 @@ def test_an_interrupt_between_the_backward_passes() -> None:
     assert differences(without_grad(before), without_grad(snapshot(step))) == []
 
 
-@pytest.mark.xfail(reason="weak: _update is outside of _undo")
 def test_an_error_of_the_optimizer_before_it_changes_a_parameter() -> None:
     step = prepared("igbv1+pcgrad")
     step.optimizer.register_step_pre_hook(broken)
@@ -329,14 +347,6 @@ def test_coefficients_that_are_not_finite(level: str) -> None:
 
 @pytest.mark.parametrize("level", ["parameters", "features"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_coefficients_of_the_wrong_number(level: str, n: int) -> None:
-    # Whatever the error is called, nothing has changed.
-    refused(regression_step(eq.RLW(), Own([1.0] * n), level=level), Exception, "shape|longer")
-
-
-@pytest.mark.parametrize("level", ["parameters", "features"])
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.xfail(reason="weak: a RuntimeError from inside torch instead of one of ours")
 def test_coefficients_of_the_wrong_number_are_explained(level: str, n: int) -> None:
     step = regression_step(None, Own([1.0] * n), level=level)
     refused(step, eq.EquipoiseError, "coefficients")
@@ -353,7 +363,7 @@ def test_coefficients_of_the_wrong_number_are_explained(level: str, n: int) -> N
     ],
 )
 def test_a_weighting_that_returns_something_else(returned: Callable) -> None:
-    words = "function must return one weighted loss for each loss"
+    words = "function must return a weighted loss for each of the 2 losses"
     refused(regression_step(returned, eq.PCGrad()), eq.EquipoiseError, words)
 
 
@@ -364,8 +374,10 @@ def test_a_weighting_that_returns_nan(aggregator: Callable) -> None:
 
 
 def test_uncertainty_weighting_for_another_number_of_tasks() -> None:
-    step = regression_step(eq.UW(3), eq.MGDA())
-    refused(step, ValueError, "n_tasks=3 but got 2")
+    with pytest.raises(
+        eq.CombinationError, match=r"UW\(n_tasks=3\) and a SharedTrunk with 2 tasks"
+    ):
+        regression_step(eq.UW(3), eq.MGDA())
 
 
 # ------------------------------------------------------------------------------- construction

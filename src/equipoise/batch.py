@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.boundary import Boundary, Gradients, feature_gram, through_trunk, weighted_sum
-from equipoise.errors import NonFiniteError, TaskError
+from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
 from equipoise.labels import Labels, check_loss
 from equipoise.linalg import finite_norm
 from equipoise.ranks import Ranks
@@ -30,10 +32,11 @@ class Batch:
 
     Attributes:
         values: the present tasks' losses over this process's samples; None where it has none.
-        losses: (T',) detached losses of the joint batch.
+        losses: (T',) detached losses of the joint batch, float64 on the CPU.
 
     Raises:
         TaskError: a loss is not a scalar, not connected to the network, or not finite.
+        EquipoiseError: no gradient can pass from the heads to the trunk.
     """
 
     def __init__(
@@ -52,15 +55,32 @@ class Batch:
         self.head_parameters = {
             task: trainable(model.head_parameters(task)) for task in labels.names
         }
-        self.features = Boundary(model.trunk(inputs), len(labels.names), apart)
-        self.values = [self._loss(k, task, losses[task]) for k, task in enumerate(labels.names)]
+        with ranks.agreeing():
+            self.features = Boundary(model.trunk(inputs), len(labels.names), apart)
+            if self.trunk_parameters and not self.features.outputs:
+                raise EquipoiseError(
+                    "the trunk has parameters to train, but no tensor that requires a gradient "
+                    "was found in what it returned; let it return a tensor, or nested dicts, lists "
+                    "and tuples of tensors."
+                )
+            self.values = [self._loss(k, task, losses[task]) for k, task in enumerate(labels.names)]
         self.losses = self._joint_losses()
         self._sent_back: list[Gradients] = []
 
     def _loss(self, k: int, task: str, function: Callable[[Any, Any], Tensor]) -> Tensor | None:
         if not self.labels.here(task):
             return None
-        output, target = self.labels.pair(task, self.model.head(task, self.features.of(k)))
+        try:
+            output = self.model.head(task, self.features.of(k))
+        except RuntimeError as error:
+            if "in-place" not in str(error):
+                raise
+            raise TaskError(
+                task,
+                "head changes the features in place, which all other heads see; give its first "
+                "layer inplace=False.",
+            ) from error
+        output, target = self.labels.pair(task, output)
         loss = function(output, target)
         check_loss(task, loss)
         if not loss.requires_grad and (self.features.inputs or self.head_parameters[task]):
@@ -69,15 +89,15 @@ class Batch:
 
     def _joint_losses(self) -> Tensor:
         known = [value.detach() for value in self.values if value is not None]
-        device = known[0].device if known else None
-        dtype = torch.float32  # a loss in half precision is weighed in single precision
-        for value in known:
-            dtype = torch.promote_types(dtype, value.dtype)
-        zero = torch.zeros((), dtype=dtype, device=device)
-        here = torch.stack([zero if v is None else v.detach().to(dtype) for v in self.values])
-        joint = self.ranks.joint_losses(here, self.labels.shares.to(here))
+        here = torch.zeros(len(self.values), dtype=torch.float64)
+        if known:  # one copy to the host for all
+            common = known[0].device
+            dtype = functools.reduce(torch.promote_types, {value.dtype for value in known})
+            numbers = torch.stack([value.to(common, dtype) for value in known])
+            here[[value is not None for value in self.values]] = numbers.to("cpu", torch.float64)
+        joint = self.ranks.sum(here if self.ranks.alone else here * self.labels.shares)
         for task, loss in zip(self.labels.names, joint.tolist(), strict=True):
-            if not abs(loss) < float("inf"):
+            if not math.isfinite(loss):
                 raise NonFiniteError(
                     task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
                 )
@@ -87,15 +107,15 @@ class Batch:
         """One backward through all heads.
 
         Args:
-            factors: (T',) what each loss's gradient is multiplied by.
+            factors: (T',) on the CPU, what each loss's gradient is multiplied by.
 
         Returns:
             Gradients of the present tasks' head parameters, task after task. What the heads send
             back to the features is kept for the passes through the trunk.
         """
-        seeds = factors * self.labels.shares.to(factors)
+        seeds = (factors * self.labels.shares).tolist()
         pairs = [
-            (value, seed.to(value.dtype))
+            (value, value.new_tensor(seed))
             for value, seed in zip(self.values, seeds, strict=True)
             if value is not None and value.requires_grad
         ]

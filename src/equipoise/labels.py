@@ -29,7 +29,7 @@ class Labels:
         tasks: all T tasks.
         names: the T' tasks that have a label in some process, in order.
         present: (T,) bool, True for these.
-        shares: (T',) the part of each one's labelled samples that this process holds.
+        shares: (T',) float64, the part of each one's labelled samples that this process holds.
 
     Raises:
         EquipoiseError: `targets` is empty.
@@ -43,7 +43,18 @@ class Labels:
         masks: Mapping[str, Tensor] | None,
         ranks: Ranks,
     ) -> None:
-        masks = masks or {}
+        with ranks.agreeing():
+            self._take(tuple(tasks), targets, {} if masks is None else masks)
+        counts = torch.tensor([self._count(task) for task in tasks], dtype=torch.float64)
+        totals = ranks.sum(counts.clone())
+        self.present = totals > 0
+        self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
+        self.shares = (counts / totals)[self.present]
+        self._here = {task for task, count in zip(tasks, counts.tolist(), strict=True) if count}
+
+    def _take(
+        self, tasks: tuple[str, ...], targets: Mapping[str, Any], masks: Mapping[str, Tensor]
+    ) -> None:
         for given, what in ((targets, "target"), (masks, "mask")):
             if not isinstance(given, Mapping):
                 raise EquipoiseError(
@@ -58,14 +69,9 @@ class Labels:
                     )
         if not targets:
             raise EquipoiseError("targets is empty; give at least one task's target.")
-        self.tasks = tuple(tasks)
+        self.tasks = tasks
         self._targets = targets
         self._keep = {task: _labelled(task, targets[task], masks.get(task)) for task in targets}
-        counts = torch.tensor([self._count(task) for task in tasks])
-        totals = ranks.sum(counts.clone())
-        self.present = totals > 0
-        self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
-        self.shares = (counts / totals)[self.present]
 
     def _count(self, task: str) -> float:
         if task not in self._targets:
@@ -78,7 +84,7 @@ class Labels:
 
     def here(self, task: str) -> bool:
         """Whether this process has a label of the task."""
-        return self._count(task) > 0
+        return task in self._here
 
     def pair(self, task: str, output: Any) -> tuple[Any, Any]:
         """The output and the target of a task, for the samples that count."""
@@ -97,15 +103,17 @@ def _labelled(task: str, target: Any, mask: Tensor | None) -> Tensor | None:
         return None
     keep = None
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != target.shape[:1]:
+        if getattr(mask, "dtype", None) != torch.bool or mask.shape != target.shape[:1]:
+            kind = getattr(mask, "dtype", type(mask).__name__)
             raise TaskError(
                 task,
-                f"mask is {mask.dtype} of shape {tuple(mask.shape)}; give a bool tensor of shape "
-                f"({len(target)},).",
+                f"mask is {kind} of shape {tuple(getattr(mask, 'shape', ()))}; give a bool tensor "
+                f"of shape ({len(target)},).",
             )
         keep = mask
     if target.is_floating_point():
-        known = ~torch.isnan(target).reshape(len(target), -1).any(1)
+        missing = torch.isnan(target)
+        known = ~(missing.flatten(1).any(1) if missing.dim() > 1 else missing)
         keep = known if keep is None else keep & known
     return None if keep is None or bool(keep.all()) else keep
 

@@ -36,4 +36,4 @@ class GeneratorState(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Restore the generator from `state_dict`."""
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())

@@ -6,11 +6,14 @@ summed over the processes, and of the rows each process keeps one slice of the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from equipoise.errors import EquipoiseError
 
 
 class Ranks:
@@ -44,17 +47,23 @@ class Ranks:
         dist.broadcast(sent, 0)
         return sent.to(tensor.device)
 
-    def joint_losses(self, losses: Tensor, shares: Tensor) -> Tensor:
-        """The mean losses of the joint batch, as numbers.
+    @contextmanager
+    def agreeing(self) -> Generator[None]:
+        """If the body fails in one process it fails in all, instead of leaving them waiting.
 
-        Args:
-            losses: (T,) detached mean losses over this process's samples; anything where it has
-                none.
-            shares: (T,) this process's part of the joint batch's samples, between 0 and 1.
+        Raises:
+            EquipoiseError: the body has failed, but in another process.
         """
-        if self.alone:
-            return losses
-        return self.sum(torch.where(shares > 0, losses * shares, 0.0))
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failures = self.sum(torch.tensor(float(error is not None)))
+        if error is not None:
+            raise error
+        if failures > 0:
+            raise EquipoiseError("another process could not make this step; see its message.")
 
     def sum_gradients(
         self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]
@@ -69,7 +78,7 @@ class Ranks:
         flat = self.sum(torch.cat([part.reshape(-1) for part in (*parts, reached)]))
         *pieces, reached = flat.split([part.numel() for part in (*parts, reached)])
         return [
-            piece.view_as(p) if count > 0 else None
+            piece.view_as(p).to(p.dtype) if count > 0 else None
             for piece, p, count in zip(pieces, like, reached.tolist(), strict=True)
         ]
 

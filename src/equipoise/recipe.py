@@ -10,89 +10,15 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from equipoise.aggregation import IMTLG, MGDA, CAGrad, Mean, PCGrad, Sum
 from equipoise.errors import CombinationError, RecipeError, nearest
+from equipoise.registry import METHODS, Axis, Method
 from equipoise.step import Step
 from equipoise.trunk import SharedTrunk
-from equipoise.weighting import DWA, EW, RLW, SI, UW, IGBv1
-
-Axis = Literal["weighting", "aggregation", "baseline"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """One entry of the registry.
-
-    Attributes:
-        token: how recipes call it.
-        axis: which question it answers.
-        factory: the class; parameters in parentheses go to its constructor.
-        level: the level at which an aggregator works.
-    """
-
-    token: str
-    axis: Axis
-    factory: Callable[..., Any]
-    level: str = "parameters"
-
-    @property
-    def summary(self) -> str:
-        """The first line of the factory's docstring."""
-        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The parameters that a recipe may set, with their defaults."""
-        signature = inspect.signature(self.factory)
-        return {
-            name: parameter.default
-            for name, parameter in signature.parameters.items()
-            if name not in FROM_CONTEXT
-        }
-
-
-FROM_CONTEXT = ("generator", "steps_per_epoch", "n_tasks")
-"""Constructor arguments that come from the training, not from the recipe."""
-
-WEIGHTINGS: dict[str, Callable[..., Any]] = {
-    "ew": EW,
-    "si": SI,
-    "rlw": RLW,
-    "dwa": DWA,
-    "uw": UW,
-    "igbv1": IGBv1,
-}
-AGGREGATORS: dict[str, Callable[..., Any]] = {
-    "sum": Sum,
-    "mean": Mean,
-    "mgda": MGDA,
-    "pcgrad": PCGrad,
-    "cagrad": CAGrad,
-    "imtl": IMTLG,
-}
-
-
-def single_task() -> Sum:
-    """Single-task learning: one network for each task, the baseline of Delta_m."""
-    return Sum()
-
-
-def _methods() -> dict[str, Method]:
-    methods = [Method(token, "weighting", factory) for token, factory in WEIGHTINGS.items()]
-    for token, factory in AGGREGATORS.items():
-        methods.append(Method(token, "aggregation", factory))
-        methods.append(Method(f"{token}-ub", "aggregation", factory, level="features"))
-    methods.append(Method("stl", "baseline", single_task))
-    return {method.token: method for method in methods}
-
-
-METHODS: dict[str, Method] = _methods()
-"""Every known method by its token. To add one, add a line to the tables above."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +154,7 @@ class Recipe:
         return Step(
             model,
             losses,
-            optimizer([p for p in model.parameters() if p.requires_grad], lr=lr),
+            optimizer(model.parameters(), lr=lr),
             *stages,
             level=self.aggregator.method.level,
         )
@@ -264,25 +190,23 @@ def _read(part: str, text: str) -> Stage:
             )
         if name in given:
             raise RecipeError(f"recipe {text!r}: {name} is given twice.")
-        given[name] = _value(value, known[name])
-    stage = Stage(method, {k: v for k, v in given.items() if v != known[k]})
+        given[name] = _value(value)
     try:
+        given = {name: method.check(name, value) for name, value in given.items()}
+        stage = Stage(method, {k: v for k, v in given.items() if v != known[k]})
         stage.build(steps_per_epoch=1, n_tasks=1, generator=torch.Generator())
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise RecipeError(f"recipe {text!r}: {error}") from error
     return stage
 
 
-def _value(text: str, default: Any) -> Any:
+def _value(text: str) -> Any:
     """A Python literal, true, false or none in any case, or else a bare word."""
+    word = text.title() if text.lower() in ("true", "false", "none") else text
     try:
-        value = ast.literal_eval(
-            text.title() if _plain(text) in ("true", "false", "none") else text
-        )
+        return ast.literal_eval(word)
     except (ValueError, SyntaxError):
         return text
-    # c=1 and c=1.0 are the same recipe.
-    return float(value) if isinstance(default, float) and type(value) is int else value
 
 
 def _show(value: Any) -> str:

@@ -100,7 +100,7 @@ def frozen_buffers(module: nn.Module) -> Generator[None]:
     counters, spectral norm vectors, moving averages) has its old value, bit for bit, afterwards,
     also when the body raises. Re-entrant.
     """
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    before = copy_of_buffers(module)
     try:
         yield
     finally:
@@ -118,7 +118,7 @@ def unchanged_on_error(
     before. Gives the random state at the beginning.
     """
     random = RandomState(devices)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = copy_of_buffers(model)
     states = [(s, deepcopy(s.state_dict())) for s in stages if hasattr(s, "load_state_dict")]
     try:
         yield random
@@ -130,11 +130,24 @@ def unchanged_on_error(
         raise
 
 
-def put_back(saved: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy each saved value into the tensor it was taken from."""
-    for tensor, value in saved:
+Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
+
+
+def copy_of_buffers(module: nn.Module) -> Buffers:
+    """Every buffer with a copy of its value: (owner, name, buffer, value)."""
+    return [
+        (owner, name, buffer, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+
+
+def put_back(saved: Buffers) -> None:
+    """Give each owner its buffer back, with the value that it had."""
+    for owner, name, buffer, value in saved:
         # Through .data: a graph that holds the buffer must still be able to go backward.
-        tensor.data.copy_(value)
+        buffer.data.copy_(value)
+        setattr(owner, name, buffer)
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:

@@ -40,9 +40,7 @@ class Rows:
         self.parameters = list(parameters)
         self.ranks = ranks
         self._sizes = [p.numel() for p in parameters]
-        dtype = torch.float32  # rows of half-precision parameters are kept in single precision
-        for p in parameters:
-            dtype = torch.promote_types(dtype, p.dtype)
+        dtype = _row_dtype(parameters)
         columns = -(-sum(self._sizes) // ranks.size)
         device = devices.pop() if devices else None
         self.buffer = torch.empty(n_tasks, columns, dtype=dtype, device=device)
@@ -61,6 +59,7 @@ class Rows:
             len(parameters) == len(self.parameters)
             and all(p is own for p, own in zip(parameters, self.parameters, strict=True))
             and all(p.device == self.buffer.device for p in parameters)
+            and _row_dtype(parameters) == self.buffer.dtype
         )
 
     def clear(self) -> None:
@@ -109,6 +108,14 @@ class Rows:
         ]
 
 
+def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """That of the parameters, but single precision for half-precision ones."""
+    dtype = torch.float32
+    for dtype_of_one in {p.dtype for p in parameters}:
+        dtype = torch.promote_types(dtype, dtype_of_one)
+    return dtype
+
+
 @dataclass
 class Combination:
     """How task gradients became one direction.
@@ -125,7 +132,13 @@ class Combination:
 def coefficients(aggregator: Any, gram: Tensor, losses: Tensor, ranks: Ranks) -> Tensor:
     """The aggregator's coefficients (T,), the same to the last bit on all processes."""
     with_losses = (losses,) if getattr(aggregator, "needs_losses", False) else ()
-    return ranks.from_first(aggregator.coefficients(gram, *with_losses))
+    w = ranks.from_first(aggregator.coefficients(gram, *with_losses))
+    if w.shape != gram.shape[:1] or not bool(torch.isfinite(w).all()):
+        raise EquipoiseError(
+            f"{type(aggregator).__name__}.coefficients returned {w.tolist()}; it must return one "
+            f"finite number for each of the {len(gram)} tasks."
+        )
+    return w
 
 
 def combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combination, Tensor]:
@@ -135,6 +148,12 @@ def combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combinati
         NonFiniteError: a row holds a NaN or an infinity.
         EquipoiseError: a callable returned something else than a finite direction.
     """
+    # The network may run in half precision; what becomes of its gradients does not.
+    with torch.autocast(rows.buffer.device.type, enabled=False):
+        return _combine(rows, aggregator, losses)
+
+
+def _combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combination, Tensor]:
     gram = rows.gram().cpu()  # the one copy to the host
     if hasattr(aggregator, "coefficients"):
         w = coefficients(aggregator, gram, losses, rows.ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 from equipoise.aggregation import Sum
 from equipoise.batch import Batch, trainable
 from equipoise.boundary import Gradients
+from equipoise.combinations import held_by, known_coefficients, refuse_senseless
 from equipoise.errors import (
     NOT_FINITE,
-    CombinationError,
     EquipoiseError,
     NonFiniteError,
     TaskError,
-    nearest,
 )
 from equipoise.labels import Labels
 from equipoise.linalg import finite_norm
@@ -27,7 +27,7 @@ from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, devices_of, unchanged_on_error
 from equipoise.rows import Combination, Rows, coefficients, combine
 from equipoise.step_report import StepReport
-from equipoise.trunk import SeparateTrunks, SharedTrunk
+from equipoise.trunk import SharedTrunk
 from equipoise.weighting import EW, Weighting
 
 
@@ -51,8 +51,10 @@ class Step:
         CombinationError: stages that make no sense together; both are named.
         ValueError: a parameter out of its range.
 
-    Heads always get the gradient of their own weighted loss. Under torch.distributed each process
-    calls the step with its part of the batch, and all make the step of the joint batch.
+    Heads always get the gradient of their own weighted loss. The trunk learns through its features
+    alone: a loss that looks at the trunk's parameters directly does not reach them. Under
+    torch.distributed each process calls the step with its part of the batch, and all make the step
+    of the joint batch.
 
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
     (Sum, Mean); heads 1 forward and 1 backward. Memory: T x P numbers, or none for those.
@@ -76,7 +78,7 @@ class Step:
         self.aggregator = Sum() if aggregator is None else aggregator
         self.level = level
         self.clip_norm = clip_norm
-        self._check()
+        refuse_senseless(self)
         self.ranks = Ranks()
         self.ranks.align(s.generator for s in self._stages().values() if hasattr(s, "generator"))
         self._adopt_weighting()
@@ -104,9 +106,8 @@ class Step:
         labels = Labels(self.model.tasks, targets, masks, self.ranks)
         if not labels.names:
             return StepReport.skipped(labels.tasks)
-        known = self._known_coefficients(len(labels.names))
-        for parameter in held_by(self.optimizer):
-            parameter.grad = None  # frees P numbers before the rows are formed
+        known = known_coefficients(self.aggregator, len(labels.names))
+        self.model.zero_grad()  # frees P numbers before the rows are formed
         with self._undo(labels) as before:
             batch = self._forward(inputs, labels, known)
             factors, weights, learned = self._weigh(batch.losses, labels)
@@ -128,8 +129,9 @@ class Step:
             norm = finite_norm(trunk)
             if norm is None or finite_norm(heads) is None:
                 raise self._non_finite(inputs, labels, heads, before)
-        self._update(batch, trunk, heads, learned)
-        return StepReport.of_present(labels, batch.losses, weights, factors, result, norm)
+            report = StepReport.of_present(labels, batch.losses, weights, factors, result, norm)
+            self._update(batch, trunk, heads, learned)
+        return report
 
     # ------------------------------------------------------------------ its parts
 
@@ -145,23 +147,28 @@ class Step:
         """
         losses = losses.clone().requires_grad_()
         if isinstance(self.weighting, Weighting):
-            present = labels.present.to(losses.device)
-            full = losses.new_full(present.shape, torch.nan)
+            present = labels.present
+            full = losses.new_full(present.shape, torch.nan).masked_scatter(present, losses)
             try:
-                weighted = self.weighting(full.masked_scatter(present, losses), present)[present]
+                weighted = self.weighting(full, present)[present]
             except TaskError as error:  # it counts all tasks, not only those present
                 raise error.named(labels.tasks) from None
         else:
             weighted = self.weighting(losses)
-        if weighted.shape != losses.shape or not weighted.requires_grad:
+        shape = getattr(weighted, "shape", None)
+        if shape != losses.shape or not weighted.requires_grad:
             raise EquipoiseError(
-                f"{type(self.weighting).__name__} must return one weighted loss for each loss, "
-                f"connected to it; it returned shape {tuple(weighted.shape)} for "
-                f"{tuple(losses.shape)}."
+                f"{type(self.weighting).__name__} must return a weighted loss for each of the "
+                f"{len(losses)} losses, computed from it; it returned {weighted!r}."
             )
         factors, *learned = torch.autograd.grad(
-            weighted.sum(), (losses, *self._weighting_parameters()), allow_unused=True
+            weighted.sum(), (losses, *self._weighting_parameters()), materialize_grads=True
         )
+        for task, factor in zip(labels.names, factors.tolist(), strict=True):
+            if not math.isfinite(factor):
+                raise NonFiniteError(
+                    task, f"{type(self.weighting).__name__} gave its loss the weight {factor}."
+                )
         weights = getattr(self.weighting, "weights", None)
         return factors, factors if weights is None else weights[labels.present], list(learned)
 
@@ -199,36 +206,8 @@ class Step:
 
     # ------------------------------------------------------------------ stages
 
-    def _check(self) -> None:
-        """Refuse what cannot work, naming it, before anything is built."""
-        for task in (*self.losses, *self.model.tasks):
-            if task not in self.model.tasks:
-                raise TaskError(task, "has a loss but no head; " + nearest(task, self.model.tasks))
-            if task not in self.losses:
-                raise TaskError(task, "has a head but no loss; add it to `losses`.")
-        if self.level not in ("parameters", "features"):
-            raise ValueError(f"level is {self.level!r}; known are 'parameters' and 'features'.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be positive, or None.")
-        name = type(self.aggregator).__name__
-        if self.level == "features" and not hasattr(self.aggregator, "coefficients"):
-            raise CombinationError(
-                f"level='features' and {name}: the feature level needs an aggregator with "
-                "coefficients(gram). Use level='parameters'."
-            )
-        if isinstance(self.model.trunk, SeparateTrunks) and self._known_coefficients(1) is None:
-            raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
-        held = {id(p) for p in held_by(self.optimizer)}
-        if not any(id(p) in held for p in self.model.parameters()):
-            raise ValueError("the optimizer holds none of the model's parameters.")
-
     def _adopt_weighting(self) -> None:
-        """Bring the weighting to the model's device and its parameters to the optimizer."""
-        if not isinstance(self.weighting, nn.Module):
-            return
-        self.weighting.to(next(self.model.parameters()).device)
+        """Bring the weighting's parameters to the optimizer."""
         held = {id(p) for p in held_by(self.optimizer)}
         new = [p for p in self._weighting_parameters() if id(p) not in held]
         if new:
@@ -240,10 +219,6 @@ class Step:
         if isinstance(self.weighting, nn.Module):
             return trainable(list(self.weighting.parameters()))
         return []
-
-    def _known_coefficients(self, n_tasks: int) -> Tensor | None:
-        known = getattr(self.aggregator, "known_coefficients", None)
-        return None if known is None else known(n_tasks)
 
     def _stages(self) -> dict[str, Any]:
         return {"weighting": self.weighting, "aggregator": self.aggregator}
@@ -270,29 +245,32 @@ class Step:
         That is the model, the optimizer, the stages, and the state of torch's global random
         generators, from which dropout draws.
         """
-        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        state: dict[str, Any] = {k: part.state_dict() for k, part in self._stateful().items()}
         state["random"] = RandomState(devices_of(self.model)).state_dict()
+        state["stages"] = {k: type(stage).__name__ for k, stage in self._stages().items()}
         return deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken: the next step will be the same, bit for bit.
 
         Raises:
-            EquipoiseError: the state belongs to a Step with other stages.
+            EquipoiseError: the state belongs to a Step with other stages or another model;
+                nothing has changed then.
         """
-        parts = self._stateful()
-        if set(state) != {*parts, "random"}:
+        mine = self.state_dict()
+        if state["stages"] != mine["stages"]:
             raise EquipoiseError(
-                f"the state holds {sorted(state)}, this Step {sorted({*parts, 'random'})}; build "
-                "the Step with the stages of the one that was saved."
+                f"the state was saved with {state['stages']}, this Step has {mine['stages']}."
             )
-        for name, part in parts.items():
+        try:
+            self._load(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            self._load(mine)
+            raise EquipoiseError(f"the state does not fit this Step: {error}") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        for name, part in self._stateful().items():
             part.load_state_dict(deepcopy(state[name]))
         random = RandomState(devices_of(self.model))
         random.load_state_dict(state["random"])
         random.restore()
-
-
-def held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer."""
-    return [p for group in optimizer.param_groups for p in group["params"]]

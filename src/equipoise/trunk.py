@@ -20,7 +20,8 @@ class SharedTrunk(nn.Module):
             the names is the order of the tasks everywhere: T entries, row i belongs to name i.
 
     Raises:
-        ValueError: no heads, or a name that a module cannot carry (empty, with a dot).
+        ValueError: no heads, a head that is no module, or a name that a module cannot carry
+            (empty, with a dot).
         TaskError: a head holds a parameter that the trunk or another head holds too.
     """
 
@@ -31,6 +32,8 @@ class SharedTrunk(nn.Module):
         self.trunk = trunk
         self.heads = nn.ModuleDict()
         for task, head in heads.items():
+            if not isinstance(head, nn.Module):
+                raise ValueError(f"task {task!r}: its head is a {type(head).__name__}, no module.")
             try:
                 self.heads[task] = head
             except (KeyError, TypeError) as error:

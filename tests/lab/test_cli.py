@@ -161,7 +161,7 @@ def test_train_writes_a_run_that_report_reads(equipoise, tmp_path):
     assert str(folder) in out
     status, _, err = equipoise("train", "igbv1+cagrad", *QUICK, "--seed", "3", "--lr", "0.1")
     assert status == 2
-    assert f"{folder} was begun with" not in err or "lr 0.001, not 0.1" in err
+    assert f"{folder} was begun with" not in err or "lr 0.003, not 0.1" in err
 
     equipoise("train", "ew", *QUICK)
     status, out, _ = equipoise("report", folder, "runs/tiny-ew-seed0")

@@ -108,7 +108,7 @@ def test_the_seed_decides_the_numbers_and_nothing_else_does(tmp_path):
 
 def test_the_callers_random_numbers_and_threads_are_left_alone(tmp_path):
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    train(config(epochs=1, threads=threads + 1), tmp_path)
+    train(config(epochs=1, batch_size=96, threads=threads + 1), tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
 
@@ -185,7 +185,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     with pytest.raises(Killed):
         train(config(), tmp_path, kill_after(1.5))
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"was begun with lr 0.001, not 0.01; choose another"):
+    with pytest.raises(ConfigError, match=r"was begun with lr 0.003, not 0.01; choose another"):
         train(config(lr=0.01), tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
 
@@ -234,6 +234,15 @@ def test_the_best_epoch_is_that_of_the_validation_score(tmp_path, planned):
     assert result["val"] == {"left": 0.9, "right": 0.6}
     assert equal(planned.seen["test"], planned.seen[2])
     assert not equal(planned.seen["test"], planned.seen[4])
+
+
+def test_a_score_that_is_not_known_is_never_the_best(tmp_path, planned, monkeypatch):
+    nan = float("nan")
+    monkeypatch.setattr(planned, "left", (nan, 0.9, 0.1, nan))
+    monkeypatch.setattr(planned, "right", (nan, nan, 0.3, nan))
+    result = train(config(), tmp_path)
+    assert result["best_epoch"] == 2  # by the task that is known
+    assert rows(tmp_path)[1]["score"] == "0.9"
 
 
 def test_each_network_of_the_baseline_has_its_own_best_epoch(tmp_path, planned):
@@ -324,6 +333,11 @@ def test_a_wrong_value_is_named_in_one_sentence(values, sentence):
 
 def test_recipes_are_written_in_their_canonical_form():
     assert config("CAGrad+IGBv1") == config("igbv1+cagrad")
+
+
+def test_the_device_is_settled_when_nothing_is_said():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert RunConfig.of(recipe="ew").device == expected
 
 
 def test_mixed_precision_trains(tmp_path):

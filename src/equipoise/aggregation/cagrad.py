@@ -26,7 +26,8 @@ class CAGrad(GramAggregator):
     Unanimity value g times (1 + c), (1 + c) / (1 + c^2) or 1 for rescale 0, 1, 2. Each task's
     product with d is at least its worst-case bound, which is positive for c near 1 only. A zero
     gradient, or any combination that cancels out, leaves no worst case: d = g_0 (scaled), which may
-    then conflict. Opposite gradients: (1 - c) g_0 for c < 1. Mean gradient zero: d = 0. Passes: one trunk forward and T backwards a step. Memory: T x P.
+    then conflict. Opposite gradients: (1 - c) g_0 for c < 1. Mean gradient zero: d = 0. Passes: one
+    trunk forward and T backwards a step. Memory: T x P.
     """
 
     def __init__(self, c: float = 0.4, rescale: int = 1) -> None:

@@ -17,10 +17,11 @@ class IMTLG(GramAggregator):
 
     "IMTL" in tables often means this part alone, as here; the loss part is IMTL-L.
 
-    Unanimity value g. All tasks have the same cosine with d. It may be negative, so that every
-    loss rises, and d may be very long: both where the plane through the gradients passes close to
-    the origin or behind it, and both are the method's own. A zero gradient has no direction: that task is left out. Opposite gradients: d = 0. Passes: one trunk
-    forward and T backwards a step. Memory: T x P.
+    Unanimity value g. All tasks have the same cosine with d. It may be negative, so that every loss
+    rises, and d may be very long: both where the plane through the gradients passes close to the
+    origin or behind it, and both are the method's own. A zero gradient has no direction: that task
+    is left out. Opposite gradients: d = 0. Passes: one trunk forward and T backwards a step.
+    Memory: T x P.
     """
 
     def weights(self, gram: Array, losses: Array | None) -> Array:

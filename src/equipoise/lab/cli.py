@@ -30,7 +30,7 @@ from equipoise.lab.comparison import (
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.progress import Display, Throttle
 from equipoise.lab.runs import Run, finished, refuse_another_run, seeded
-from equipoise.recipe import METHODS
+from equipoise.registry import METHODS
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -45,7 +45,7 @@ app = typer.Typer(
 DEFAULT = RunConfig.model_construct()  # unchecked: "auto" is still "auto"
 
 Recipes = Annotated[
-    list[str], typer.Argument(metavar="RECIPE...", help="For example: ew igbv1 cagrad stl")
+    list[str], typer.Argument(metavar="RECIPE", help="For example: ew igbv1 cagrad stl")
 ]
 Seeds = Annotated[list[str], typer.Option(help="A comma list or a range: 0,1,2 or 0-4.")]
 DataName = Annotated[str, typer.Option("--data", help="Data set; see `equipoise list`.")]
@@ -79,7 +79,7 @@ def equipoise(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="For example: igbv1+cagrad")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="For example: igbv1+cagrad")],
     data: DataName = DEFAULT.data,
     data_root: DataRoot = None,
     model: Model = DEFAULT.model,
@@ -138,20 +138,12 @@ def compare(
 
     Given again, the command makes what is missing: finished runs are kept, others go on.
     """
+    common = {
+        "data": data, "data_root": data_root, "model": model, "epochs": epochs, "lr": lr,
+        "batch_size": batch_size, "device": device, "precision": precision, "threads": threads,
+    }  # fmt: skip
     configs = [
-        RunConfig.of(
-            recipe=recipe,
-            data=data,
-            data_root=data_root,
-            model=model,
-            epochs=epochs,
-            seed=seed,
-            batch_size=batch_size,
-            lr=lr,
-            device=device,
-            precision=precision,
-            threads=threads,
-        )  # fmt: skip
+        RunConfig.of(recipe=recipe, seed=seed, **common)
         for recipe in recipes
         for seed in parse_seeds(seeds)
     ]
@@ -159,11 +151,15 @@ def compare(
     check(configs)
     writable(comparison.out)
     outcomes = comparison.run(jobs)
-    print(comparison.save(outcomes, sign).text())
     failures = sum(isinstance(outcome, Failure) for outcome in outcomes)
-    if failures < len(outcomes):
-        page = report.write(comparison.out, run_folders(comparison.out), sign)
-        print(f"\nThe page with the pictures: {page}")
+    try:
+        print(comparison.save(outcomes, sign).text())
+        if failures < len(outcomes):
+            page = report.write(comparison.out, run_folders(comparison.out), sign)
+            print(f"\nThe page with the pictures: {page}")
+    except EquipoiseError as error:  # after the training it is no longer wrong use
+        complain(str(error))
+        return FAILED
     if failures:
         complain(f"{failures} of {len(outcomes)} runs failed; see error.txt in their folders.")
     return FAILED if failures else DONE
@@ -171,7 +167,7 @@ def compare(
 
 @app.command("report")
 def write_report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="Comparison or runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Comparison or runs.")],
     sign: SignOption = "improvement",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; default: that of the runs.")
@@ -189,19 +185,22 @@ def write_report(
 @app.command("list")
 def list_names() -> None:
     """Show the methods by axis, the data sets and the models."""
-    console = Console(highlight=False)
-    kinds: dict[str, list[tuple[str, str]]] = {}
+    kinds: dict[str, dict[str, list[str]]] = {}  # kind -> description -> names
     for method in METHODS.values():
-        kinds.setdefault(method.axis, []).append((method.token, method.summary))
-    kinds["data"] = [(name, first_line(build)) for name, build in datasets.DATASETS.items()]
-    kinds["model"] = [(name, first_line(build)) for name, build in models.MODELS.items()]
+        names = kinds.setdefault(method.axis, {}).setdefault(method.summary, [])
+        names.append(method.token)
+    kinds["data"] = {first_line(build): [name] for name, build in datasets.DATASETS.items()}
+    kinds["model"] = {first_line(build): [name] for name, build in models.MODELS.items()}
     table = Table(box=None, pad_edge=False, show_header=False)
     for kind, entries in kinds.items():
-        for i, (name, text) in enumerate(entries):
-            table.add_row("" if i else kind, name, text, end_section=i == len(entries) - 1)
+        for i, (text, names) in enumerate(entries.items()):
+            table.add_row("" if i else kind, ", ".join(names), text)
+        table.add_row()
+    console = Console(highlight=False)
     console.print(table)
     console.print(
-        "\nA recipe joins one of each axis: igbv1+cagrad. stl is the single-task baseline."
+        "A recipe joins one of each axis: igbv1+cagrad. With -ub an aggregation works on the "
+        "features instead of the parameters. stl trains one network for each task."
     )
 
 
@@ -278,10 +277,14 @@ def main() -> None:
     except Exception as error:
         # Typer brings its own click, older ones import it: known by what all usage errors have.
         describe = getattr(error, "format_message", None)
-        if describe is None:
+        if describe is None and os.environ.get("EQUIPOISE_TRACEBACK"):
             raise
-        complain(describe())
-        status = WRONG_USE
+        complain(
+            describe()
+            if describe
+            else f"{type(error).__name__}: {error} (EQUIPOISE_TRACEBACK=1 shows where)"
+        )
+        status = WRONG_USE if describe else FAILED
     if status == INTERRUPTED:
         complain("interrupted; the same command goes on after the last finished epoch.")
     sys.exit(status or DONE)

@@ -1,9 +1,12 @@
-"""RunConfig: everything on which the numbers of one run depend."""
+"""What the numbers of a run depend on: its configuration and its environment."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -11,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from equipoise.errors import EquipoiseError
 from equipoise.recipe import Recipe
+
+PACKAGES = ("equipoise", "torch", "numpy", "scipy", "lightning-fabric", "torchmetrics")
 
 
 class ConfigError(EquipoiseError, ValueError):
@@ -31,9 +36,9 @@ class RunConfig(BaseModel):
     data_root: str | None = None
     """Folder with the files of the data set; None for a set that comes along."""
     model: str = "lenet"
-    epochs: int = Field(25, ge=1)
-    batch_size: int = Field(128, ge=1)
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    epochs: int = Field(15, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
     """Learning rate of Adam."""
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
@@ -86,6 +91,26 @@ def refuse_difference(there: Mapping[str, Any], here: Mapping[str, Any], folder:
                 f"{folder} was begun with {key} {there.get(key)!r}, not {here.get(key)!r}; "
                 "choose another --out, or remove that folder."
             )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its configuration."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "packages": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _sentence(error: ValidationError) -> str:

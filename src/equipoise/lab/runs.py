@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from equipoise.lab import data as datasets
 from equipoise.lab import models
-from equipoise.lab.config import RunConfig, refuse_difference
+from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
 from equipoise.lab.evaluation import conflict, evaluate, mean_conflict
@@ -72,7 +69,7 @@ def train(config: RunConfig, folder: str | Path, progress: Progress | None = Non
     with seeded(config):
         run = Run(config)
         write_json(folder / "config.json", config.model_dump(mode="json"))
-        write_json(folder / "environment.json", environment(run))
+        write_json(folder / "environment.json", environment(run.fabric.device))
         run.resume(folder)
         while len(run.rows) < config.epochs:
             trained = run.train_epoch(progress)
@@ -281,27 +278,3 @@ def columns(
     known = [vector for vector in vectors if vector is not None]
     values = torch.stack(known).nanmean(0).tolist() if known else [None] * len(names)
     return {f"{kind}/{name}": value for name, value in zip(names, values, strict=True)}
-
-
-def environment(run: Run) -> dict[str, Any]:
-    """What the numbers may depend on besides the configuration."""
-    device = run.fabric.device
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cuda": torch.version.cuda,
-        "packages": {
-            name: _version(name)
-            for name in "equipoise torch numpy scipy lightning-fabric torchmetrics".split()
-        },
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

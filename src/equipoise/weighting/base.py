@@ -31,15 +31,18 @@ class Weighting(_ResizingModule, ABC):
 
     Element i of the result depends on loss i through the graph, and on the other losses only as
     numbers. It is called once a training step. State lives in buffers, what is learned in
-    parameters; a parameter gets an optimizer group of its own with learning rate `lr`.
+    parameters; a parameter gets an optimizer group of its own with learning rate `lr`. In a Step
+    it works on the CPU in float64: on T numbers that is faster than any device.
 
     Attributes:
         weights: the T weights of the last call, detached; 0 for an absent task.
         lr: learning rate of the weighting's own parameters; None: that of the optimizer.
+        n_tasks: the number of tasks that it was built for; None: any.
     """
 
     weights: Tensor
     lr: float | None = None
+    n_tasks: int | None = None
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """The weighted losses.

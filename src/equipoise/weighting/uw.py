@@ -32,13 +32,14 @@ class UW(Weighting):
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be positive.")
         self.lr = lr
+        self.n_tasks = n_tasks
         self.log_variances = nn.Parameter(torch.zeros(n_tasks))
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:
         """(exp(-s) L + s) / 2."""
         if losses.shape != self.log_variances.shape:
             raise ValueError(
-                f"UW was built for n_tasks={len(self.log_variances)} but got {len(losses)} losses."
+                f"UW was built for n_tasks={self.n_tasks} but got {len(losses)} losses."
             )
         precisions = torch.exp(-self.log_variances) / 2
         self.weights = precisions.detach().to(losses.dtype)

@@ -1,0 +1,64 @@
+"""What makes no sense together is refused when a Step is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from equipoise.errors import CombinationError, TaskError, nearest
+from equipoise.trunk import SeparateTrunks
+
+if TYPE_CHECKING:
+    from equipoise.step import Step
+
+
+def refuse_senseless(step: Step) -> None:
+    """Check the parts of a Step against each other; they are not used yet.
+
+    Raises:
+        TaskError: a head without a loss, or a loss without a head.
+        CombinationError: two parts that cannot work together; names both.
+        ValueError: a value out of its range.
+    """
+    for task in (*step.losses, *step.model.tasks):
+        if task not in step.model.tasks:
+            raise TaskError(task, "has a loss but no head; " + nearest(task, step.model.tasks))
+        if task not in step.losses:
+            raise TaskError(task, "has a head but no loss; add it to `losses`.")
+    if step.level not in ("parameters", "features"):
+        raise ValueError(f"level is {step.level!r}; known are 'parameters' and 'features'.")
+    if step.clip_norm is not None and not step.clip_norm > 0:
+        raise ValueError(f"clip_norm is {step.clip_norm}; it must be positive, or None.")
+    name = type(step.aggregator).__name__
+    if step.level == "features" and not hasattr(step.aggregator, "coefficients"):
+        raise CombinationError(
+            f"level='features' and {name}: the feature level needs an aggregator with "
+            "coefficients(gram). Use level='parameters'."
+        )
+    separate = isinstance(step.model.trunk, SeparateTrunks)
+    if separate and known_coefficients(step.aggregator, 1) is None:
+        raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
+    n_tasks = getattr(step.weighting, "n_tasks", None)
+    if n_tasks not in (None, len(step.model.tasks)):
+        raise CombinationError(
+            f"{type(step.weighting).__name__}(n_tasks={n_tasks}) and a SharedTrunk with "
+            f"{len(step.model.tasks)} tasks: give n_tasks={len(step.model.tasks)}."
+        )
+    if isinstance(step.optimizer, torch.optim.LBFGS):
+        raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itstep. Use another.")
+    held = {id(p) for p in held_by(step.optimizer)}
+    if not any(id(p) in held for p in step.model.parameters()):
+        raise ValueError("the optimizer holds none of the model's parameters.")
+
+
+def known_coefficients(aggregator: Any, n_tasks: int) -> Tensor | None:
+    """The coefficients that an aggregator can name without seeing gradients, if it can."""
+    known = getattr(aggregator, "known_coefficients", None)
+    return None if known is None else known(n_tasks)
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,96 @@
+"""Every method by the name that recipes give it. A method is added by a line in a table here."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from equipoise.aggregation import IMTLG, MGDA, CAGrad, Mean, PCGrad, Sum
+from equipoise.weighting import DWA, EW, RLW, SI, UW, IGBv1
+
+Axis = Literal["weighting", "aggregation", "baseline"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry.
+
+    Attributes:
+        token: how recipes call it.
+        axis: which question it answers.
+        factory: the class; parameters in parentheses go to its constructor.
+        level: the level at which an aggregator works.
+    """
+
+    token: str
+    axis: Axis
+    factory: Callable[..., Any]
+    level: str = "parameters"
+
+    @property
+    def summary(self) -> str:
+        """The first line of the factory's docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters that a recipe may set, with their defaults."""
+        signature = inspect.signature(self.factory)
+        return {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if name not in FROM_CONTEXT and parameter.kind == parameter.POSITIONAL_OR_KEYWORD
+        }
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` as the parameter wants it (5 for a float is 5.0), or ValueError."""
+        hint = get_type_hints(getattr(self.factory, "__init__", self.factory))[name]
+        types = get_args(hint) or (hint,)
+        if type(value) is int and float in types:
+            value = float(value)
+        if type(value) not in types or value in (math.inf, -math.inf):
+            wanted = " or ".join("none" if t is type(None) else t.__name__ for t in types)
+            raise ValueError(f"{name} is {value!r}; it takes {wanted}.")
+        return value
+
+
+FROM_CONTEXT = ("generator", "steps_per_epoch", "n_tasks")
+"""Constructor arguments that come from the training, not from the recipe."""
+
+WEIGHTINGS: dict[str, Callable[..., Any]] = {
+    "ew": EW,
+    "si": SI,
+    "rlw": RLW,
+    "dwa": DWA,
+    "uw": UW,
+    "igbv1": IGBv1,
+}
+AGGREGATORS: dict[str, Callable[..., Any]] = {
+    "sum": Sum,
+    "mean": Mean,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "cagrad": CAGrad,
+    "imtl": IMTLG,
+}
+
+
+def single_task() -> Sum:
+    """Single-task learning: one network for each task, the baseline of Delta_m."""
+    return Sum()
+
+
+def _methods() -> dict[str, Method]:
+    methods = [Method(token, "weighting", factory) for token, factory in WEIGHTINGS.items()]
+    for token, factory in AGGREGATORS.items():
+        methods.append(Method(token, "aggregation", factory))
+        methods.append(Method(f"{token}-ub", "aggregation", factory, level="features"))
+    methods.append(Method("stl", "baseline", single_task))
+    return {method.token: method for method in methods}
+
+
+METHODS: dict[str, Method] = _methods()
+"""Every known method by its token."""

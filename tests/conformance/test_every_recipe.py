@@ -1,0 +1,174 @@
+"""Every registered method, and some of them together, on a real network.
+
+A method enters these tests by being registered in `equipoise.registry`.
+"""
+
+import io
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TWO, all_tasks, class_batch, conv_model, differences, parameters_of, snapshot
+
+import equipoise as eq
+from equipoise.registry import METHODS
+
+COMBINED = [
+    "igbv1+cagrad",
+    "uw+mgda",
+    "rlw+pcgrad",
+    "dwa+imtl-ub",
+    "si+mgda(normalize=l2)",
+    "mgda(normalize=loss+)",
+    "mgda-ub(normalize=loss)",
+    "rlw(normalise_to=1)+cagrad-ub(c=0.9)",
+]
+RECIPES = [*METHODS, *COMBINED]
+FIVE = ("v", "w", "x", "y", "z")
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
+both_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
+)
+
+
+def build(
+    recipe: str, tasks: Sequence[str] = TWO, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> eq.Step:
+    """Give a Step on the convolutional net; its epochs have two steps."""
+    model = conv_model(tasks, seed, dtype)
+    losses = all_tasks(model, F.cross_entropy)
+    return eq.Recipe.parse(recipe).build(model, losses, lr=0.01, steps_per_epoch=2, seed=seed)
+
+
+def check_report(report: eq.StepReport, tasks: Sequence[str], aggregator: eq.Aggregator) -> None:
+    """Check shapes, dtypes and what holds for every method."""
+    n = len(tasks)
+    is_gram = isinstance(aggregator, eq.GramAggregator)
+    forms_rows = not is_gram or aggregator.known_coefficients(n) is None
+    assert report.tasks == tuple(tasks)
+    vectors = [report.losses, report.weights, report.factors]
+    assert (report.coefficients is None) != is_gram
+    if is_gram:
+        vectors.append(report.coefficients)
+    for vector in vectors:
+        assert vector.shape == (n,)
+        assert vector.dtype == torch.float64
+        assert vector.device.type == "cpu"
+        assert vector.isfinite().all()
+        assert not vector.requires_grad
+    assert (report.gram is not None) == forms_rows
+    if report.gram is not None:
+        for matrix in (report.gram, report.cosines):
+            assert matrix.shape == (n, n)
+            assert matrix.dtype == torch.float64
+        assert torch.allclose(report.gram, report.gram.T)
+        assert (report.gram.diagonal() > 0).all()
+        assert report.cosines.abs().max() <= 1 + 1e-6
+    assert isinstance(report.direction_norm, float)
+    assert report.direction_norm > 0
+    assert (report.step_size, report.trials, report.accepted) == (None, 0, True)
+
+
+@every_recipe
+@both_dtypes
+@pytest.mark.parametrize("tasks", [("only",), TWO, FIVE], ids=["T=1", "T=2", "T=5"])
+def test_training_steps(recipe: str, dtype: torch.dtype, tasks: Sequence[str]) -> None:
+    step = build(recipe, tasks, dtype)
+    model = step.model
+    before = parameters_of(model)
+    for k in range(6):  # three epochs: beyond the warm-up of DWA and IGB
+        report = step(*class_batch(tasks, seed=k, dtype=dtype))
+        check_report(report, tasks, step.aggregator)
+    moved = {path.strip("/") for path in differences(before, parameters_of(model))}
+    assert moved == before.keys()
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == dtype, name
+        assert parameter.isfinite().all(), name
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == (torch.int64 if name.endswith("tracked") else dtype)
+        if name.endswith("tracked"):
+            assert buffer == 6  # one forward a step
+
+
+@every_recipe
+def test_losses_fall(recipe: str) -> None:
+    step = build(recipe)
+    batch = class_batch(n=16)
+    report = step(*batch)
+    first = report.losses.sum()
+    for _ in range(30):
+        report = step(*batch)
+    assert report.losses.sum() < 0.8 * first
+
+
+@every_recipe
+@both_dtypes
+@pytest.mark.parametrize("steps", [1, 5])
+def test_continues_bit_for_bit_in_a_fresh_step(recipe: str, dtype: torch.dtype, steps: int) -> None:
+    step = build(recipe, TWO, dtype)
+    for k in range(steps):
+        step(*class_batch(seed=k, dtype=dtype))
+    file = io.BytesIO()
+    torch.save(step.state_dict(), file)
+    reports = [step(*class_batch(seed=50 + k, dtype=dtype)) for k in range(3)]
+    file.seek(0)
+
+    fresh = build(recipe, TWO, dtype, seed=77)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    again = [fresh(*class_batch(seed=50 + k, dtype=dtype)) for k in range(3)]
+    assert differences(reports, again) == []
+    assert differences(snapshot(step), snapshot(fresh)) == []
+
+
+@every_recipe
+def test_the_seed_decides_all_draws(recipe: str) -> None:
+    def run() -> list:
+        step = build(recipe, FIVE, seed=3)
+        return [step(*class_batch(FIVE, seed=k)) for k in range(3)]
+
+    assert differences(run(), run()) == []
+
+
+@every_recipe
+@pytest.mark.parametrize("absent", [("v",), ("w", "z"), ("v", "w", "x", "y")])
+def test_absent_tasks(recipe: str, absent: Sequence[str]) -> None:
+    step = build(recipe, FIVE)
+    for k in range(5):
+        step(*class_batch(FIVE, seed=k))
+    inputs, targets = class_batch(FIVE, seed=9)
+    heads = {task: parameters_of(step.model.heads[task]) for task in FIVE}
+    report = step(inputs, {task: v for task, v in targets.items() if task not in absent})
+    for i, task in enumerate(FIVE):
+        gone = task in absent
+        moved = differences(heads[task], parameters_of(step.model.heads[task]))
+        assert bool(moved) != gone, task
+        assert bool(report.losses[i].isnan()) == gone
+        assert bool(report.weights[i] == 0) == gone
+        assert bool(report.factors[i] == 0) == gone
+        if gone and report.coefficients is not None:
+            assert report.coefficients[i] == 0
+    # The next batch has all of them again.
+    check_report(step(inputs, targets), FIVE, step.aggregator)
+
+
+@every_recipe
+def test_an_error_changes_nothing(recipe: str) -> None:
+    step = build(recipe)
+    for k in range(5):
+        step(*class_batch(seed=k))
+    inputs, targets = class_batch(seed=9)
+
+    def kept() -> dict:
+        return {k: v for k, v in snapshot(step).items() if "grad" not in k}
+
+    before, good = kept(), step.losses["right"]
+    step.losses["right"] = lambda output, target: good(output, target) * torch.nan
+    with pytest.raises(eq.NonFiniteError, match="task 'right': loss is nan"):
+        step(inputs, targets)
+    assert differences(before, kept()) == []
+    step.losses["right"] = lambda output, target: good(output.sqrt().nan_to_num() * 0, target)
+    with pytest.raises(eq.NonFiniteError, match="task 'right': gradient is not finite"):
+        step(inputs, targets)
+    assert differences(before, kept()) == []

@@ -1,0 +1,144 @@
+"""Two processes with unequal parts of a batch make the step of the joint batch."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import (
+    PARTS_OF_EQUAL_SIZE,
+    STEPS,
+    _ranked_backward,
+    differences,
+    largest_difference,
+    parameters_of,
+    ranked_batch,
+    ranked_step,
+    run_rank,
+)
+
+from equipoise.ranks import Ranks
+
+RECIPES = [
+    "ew",
+    "mean",
+    "si",
+    "igbv1",
+    "dwa",
+    "uw",
+    "rlw",
+    "mgda",
+    "pcgrad",
+    "imtl",
+    "cagrad-ub",
+    "mgda-ub(normalize=loss+)",
+    "igbv1+cagrad",
+    "uw+mgda-ub",
+    "callable",
+]
+LIMIT = 120
+"""Seconds after which two processes that wait for each other are given up."""
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two processes found."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(run_rank, (str(folder), RECIPES), nprocs=2, join=False)
+    deadline = time.monotonic() + LIMIT
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes wait for each other"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def joint() -> dict[str, dict[str, Any]]:
+    """The same steps in one process, on the joint batch."""
+    found = {}
+    for recipe in RECIPES:
+        step = ranked_step(recipe)
+        reports = [step(*ranked_batch(k)) for k in range(STEPS)]
+        found[recipe] = {"step": step, "reports": reports}
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_same_parameters_as_one_process(recipe: str, ranks: list, joint: dict) -> None:
+    step = joint[recipe]["step"]
+    expected = parameters_of(step.model)
+    assert differences(expected, parameters_of(ranked_step(recipe).model)) != []
+    for rank in ranks:
+        assert largest_difference(rank[recipe]["parameters"], expected) < 1e-6
+    if recipe == "uw+mgda-ub":
+        for rank in ranks:
+            assert torch.allclose(
+                rank[recipe]["state"]["log_variances"], step.weighting.log_variances, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_both_processes_have_the_same_bits(recipe: str, ranks: list) -> None:
+    assert differences(ranks[0][recipe], ranks[1][recipe]) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_same_reports_as_one_process(recipe: str, ranks: list, joint: dict) -> None:
+    for got, expected in zip(ranks[0][recipe]["reports"], joint[recipe]["reports"], strict=True):
+        assert torch.allclose(got["losses"], expected.losses, rtol=1e-6, equal_nan=True)
+        assert torch.allclose(got["weights"], expected.weights, rtol=1e-6)
+        assert got["norm"] == pytest.approx(expected.direction_norm, rel=1e-5)
+        assert (got["gram"] is None) == (expected.gram is None)
+        if expected.gram is not None:
+            assert torch.allclose(got["gram"], expected.gram, rtol=1e-5)
+    assert joint[recipe]["reports"][-1].losses.isnan().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_process_keeps_its_part_of_the_columns(recipe: str, ranks: list, joint: dict) -> None:
+    step = joint[recipe]["step"]
+    if step._rows is None:
+        assert [rank[recipe]["columns"] for rank in ranks] == [None, None]
+        return
+    p = sum(x.numel() for x in step.model.shared_parameters())
+    for rank in ranks:
+        assert rank[recipe]["columns"] <= math.ceil(p / 2)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["loss", "gradient"])
+def test_what_goes_wrong_in_one_process_is_an_error_in_both(kind: int, ranks: list) -> None:
+    for rank in ranks:
+        error, message, changed = rank["errors"][kind]
+        assert error == "NonFiniteError"
+        assert message.startswith("task 'b': ")
+        assert changed == []
+
+
+def test_the_functional_form_on_batches_of_equal_size(ranks: list) -> None:
+    whole = slice(PARTS_OF_EQUAL_SIZE[0].start, PARTS_OF_EQUAL_SIZE[1].stop)
+    expected = _ranked_backward(whole)
+    for rank in ranks:
+        assert largest_difference(rank["functional"], expected) < 1e-9
+
+
+def test_alone_there_is_nothing_to_do() -> None:
+    ranks = Ranks()
+    assert ranks.alone
+    assert ranks.size == 1
+    x = torch.randn(3)
+    assert ranks.sum(x) is x
+    assert ranks.from_first(x) is x
+    assert ranks.gather(x) is x
+    assert ranks.sum_gradients([x, None], [x, x]) == [x, None]
