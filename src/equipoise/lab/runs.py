@@ -71,6 +71,7 @@ def train(config: RunConfig, folder: str | Path, progress: Progress | None = Non
         write_json(folder / "config.json", config.model_dump(mode="json"))
         write_json(folder / "environment.json", environment(run.fabric.device))
         run.resume(folder)
+        run.warm_up()
         while len(run.rows) < config.epochs:
             trained = run.train_epoch(progress)
             run.rows.append({**trained, **run.validate(), "conflict/probe": run.probe()})
@@ -113,6 +114,19 @@ class Run:
         self.model = self.step.model  # for the baseline, one network a task
         self.rows: list[dict[str, Any]] = []
         self.best: list[dict[str, Any]] = []  # one for each group of tasks that share a network
+
+    def warm_up(self) -> None:
+        """Make one step and take it back.
+
+        The first step of a process pays for what torch loads and plans only then: seconds that
+        belong to no method.
+        """
+        state = self.step.state_dict()
+        inputs, targets = next(iter(self.batches(self.data.train, shuffle_seed=0)))
+        self.model.train()
+        with self.fabric.autocast():
+            self.step(inputs, targets)
+        self.step.load_state_dict(state)
 
     def train_epoch(self, progress: Progress | None = None) -> dict[str, Any]:
         """Go through the training data once; the first columns of metrics.csv."""
