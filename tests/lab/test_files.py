@@ -59,5 +59,5 @@ def test_numbers_come_back_with_all_their_digits(tmp_path):
 
 def test_what_is_no_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x\.json is not readable as JSON"):
+    with pytest.raises(ValueError, match=r"x\.json cannot be read"):
         read_json(tmp_path / "x.json")

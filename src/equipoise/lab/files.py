@@ -11,6 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from equipoise.errors import EquipoiseError
+
+
+class DamagedError(EquipoiseError, ValueError):
+    """A file of a run that cannot be read."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(f"{path} cannot be read; remove its folder to make the run again.")
+
 
 @contextmanager
 def replacing(path: str | Path) -> Generator[BinaryIO]:
@@ -53,12 +62,12 @@ def read_json(path: str | Path) -> Any:
     """What `write_json` wrote.
 
     Raises:
-        ValueError: the file holds no JSON; names it.
+        DamagedError: the file holds no JSON; names it.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}).") from None
+        raise DamagedError(path) from error
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -99,8 +99,9 @@ def listed(folder: Path) -> list[Path]:
 def _json(path: Path, keys: set[str]) -> dict[str, Any]:
     try:
         value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise EquipoiseError(f"{path} cannot be read ({error}).") from error
+    except OSError as error:
+        raise EquipoiseError(f"{path} cannot be read ({error.strerror}).") from error
+
     if not isinstance(value, dict) or (lacking := keys - set(value)):
         what = f"it has no {min(lacking)!r}" if isinstance(value, dict) else "it is no object"
         raise EquipoiseError(f"{path} is damaged: {what}.")

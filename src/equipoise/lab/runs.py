@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
 from equipoise.lab.evaluation import conflict, evaluate, mean_conflict
-from equipoise.lab.files import read_json, replacing, write_json, write_rows
+from equipoise.lab.files import DamagedError, read_json, replacing, write_json, write_rows
 from equipoise.recipe import Recipe
 from equipoise.step import StepReport
 
@@ -30,7 +31,7 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces 
 Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
-PROBES = 8  # batches on which conflict/probe is measured
+PROBES = 16  # batches on which conflict/probe is measured
 
 
 class Result(TypedDict):
@@ -201,7 +202,10 @@ class Run:
         """Go back to the last epoch that was saved in `folder`, if there is one."""
         path = folder / "checkpoint.ckpt"
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise DamagedError(path) from error
             self.step.load_state_dict(state["step"])
             self.rows, self.best = state["rows"], state["best"]
 
