@@ -49,12 +49,31 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "equipoise.aggregation.PCGrad": {"reduction": "sum", "generator": None},
     "equipoise.aggregation.CAGrad": {"c": 0.4, "rescale": 1},
     "equipoise.aggregation.IMTLG": {},
+    "equipoise.aggregation.MaxNorm": {},
+    "equipoise.aggregation.DBMTL": {"n_tasks": REQUIRED, "beta": 0.9, "decay": 0.0},
     "equipoise.weighting.EW": {},
     "equipoise.weighting.SI": {"cap": None},
     "equipoise.weighting.RLW": {"generator": None, "normalise_to": None},
     "equipoise.weighting.DWA": {"steps_per_epoch": REQUIRED, "temperature": 2.0},
     "equipoise.weighting.UW": {"n_tasks": REQUIRED},
     "equipoise.weighting.IGBv1": {"steps_per_epoch": REQUIRED, "cap": None},
+    "equipoise.weighting.IMTLL": {"n_tasks": REQUIRED, "lr": None},
+    "equipoise.weighting.GLS": {},
+    "equipoise.weighting.FAMO": {"lr": 0.025, "gamma": 1e-3, "min_losses": 0.0},
+    "equipoise.weighting.STCH": {
+        "mu": 1.0,
+        "preference": None,
+        "ideal": 0.0,
+        "warmup_epochs": None,
+        "steps_per_epoch": None,
+    },
+    "equipoise.weighting.GradNorm": {"alpha": 1.5, "lr": 0.025},
+    "equipoise.weighting.Weighting.observe": {
+        "losses": REQUIRED,
+        "present": REQUIRED,
+        "gram": None,
+        "after": None,
+    },
     "equipoise.diagnostics.delta_m": {
         "values": REQUIRED,
         "baseline": REQUIRED,
@@ -78,8 +97,8 @@ REPORT_FIELDS = {
 
 AT_THE_TOP = {
     *("SharedTrunk", "Step", "StepReport", "backward", "Recipe"),
-    *("EW", "SI", "RLW", "DWA", "UW", "IGBv1"),
-    *("Sum", "Mean", "MGDA", "PCGrad", "CAGrad", "IMTLG"),
+    *("EW", "SI", "RLW", "DWA", "UW", "IGBv1", "IMTLL", "GLS", "FAMO", "STCH", "GradNorm"),
+    *("Sum", "Mean", "MGDA", "PCGrad", "CAGrad", "IMTLG", "MaxNorm", "DBMTL"),
     *("EquipoiseError", "TaskError", "RecipeError", "CombinationError", "NonFiniteError"),
 }
 

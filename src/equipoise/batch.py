@@ -15,6 +15,7 @@ from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
 from equipoise.labels import Labels, check_loss
 from equipoise.linalg import finite_norm
 from equipoise.ranks import Ranks
+from equipoise.replay import RandomState, replayed
 from equipoise.rows import Rows
 from equipoise.trunk import SharedTrunk
 
@@ -51,13 +52,15 @@ class Batch:
         self.model = model
         self.labels = labels
         self.ranks = ranks
+        self._again = (model, losses, inputs, labels, ranks)
         self.trunk_parameters = trainable(model.shared_parameters())
         self.head_parameters = {
             task: trainable(model.head_parameters(task)) for task in labels.names
         }
         with ranks.agreeing():
             self.features = Boundary(model.trunk(inputs), len(labels.names), apart)
-            if self.trunk_parameters and not self.features.outputs:
+            trained = self.trunk_parameters and torch.is_grad_enabled()
+            if trained and not self.features.outputs:
                 raise EquipoiseError(
                     "the trunk has parameters to train, but no tensor that requires a gradient "
                     "was found in what it returned; let it return a tensor, or nested dicts, lists "
@@ -83,7 +86,8 @@ class Batch:
         output, target = self.labels.pair(task, output)
         loss = function(output, target)
         check_loss(task, loss)
-        if not loss.requires_grad and (self.features.inputs or self.head_parameters[task]):
+        trained = self.features.inputs or self.head_parameters[task]
+        if trained and torch.is_grad_enabled() and not loss.requires_grad:
             raise TaskError(task, "loss is not connected to the network; was it detached?")
         return loss
 
@@ -102,6 +106,22 @@ class Batch:
                     task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
                 )
         return joint
+
+    def losses_now(self, state: RandomState) -> Tensor:
+        """The same losses with the parameters as they are by now: one forward, no graph.
+
+        Args:
+            state: of the random generators, as it was before the first forward.
+
+        Returns:
+            (T,) float64 on the CPU; NaN for an absent task, and for all if one is not finite.
+        """
+        try:
+            with torch.no_grad(), replayed(self.model, state):
+                losses = Batch(*self._again).losses
+        except NonFiniteError:  # the next step will say so
+            losses = torch.full_like(self.losses, torch.nan)
+        return self.labels.spread(losses, torch.nan)
 
     def heads_backward(self, factors: Tensor) -> Gradients:
         """One backward through all heads.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ def refuse_senseless(step: Step) -> None:
             f"level='features' and {name}: the feature level needs an aggregator with "
             "coefficients(gram). Use level='parameters'."
         )
-    separate = isinstance(step.model.trunk, SeparateTrunks)
-    if separate and known_coefficients(step.aggregator, 1) is None:
+    if isinstance(step.model.trunk, SeparateTrunks) and known_coefficients(step, 1) is None:
+        if getattr(step.weighting, "needs_gram", False):
+            name = type(step.weighting).__name__
         raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
     n_tasks = getattr(step.weighting, "n_tasks", None)
     if n_tasks not in (None, len(step.model.tasks)):
@@ -53,9 +54,14 @@ def refuse_senseless(step: Step) -> None:
         raise ValueError("the optimizer holds none of the model's parameters.")
 
 
-def known_coefficients(aggregator: Any, n_tasks: int) -> Tensor | None:
-    """The coefficients that an aggregator can name without seeing gradients, if it can."""
-    known = getattr(aggregator, "known_coefficients", None)
+def known_coefficients(step: Step, n_tasks: int) -> Tensor | None:
+    """The coefficients that the aggregator can name without seeing gradients, if it can.
+
+    None as well where the weighting wants to see what the gradients' inner products are.
+    """
+    if getattr(step.weighting, "needs_gram", False):
+        return None
+    known = getattr(step.aggregator, "known_coefficients", None)
     return None if known is None else known(n_tasks)
 
 

@@ -86,6 +86,12 @@ class Labels:
         """Whether this process has a label of the task."""
         return task in self._here
 
+    def spread(self, values: Tensor, absent: float = 0.0) -> Tensor:
+        """Values (T',) of the present tasks as (T,) float64 on the CPU."""
+        full = torch.full(self.present.shape, absent, dtype=torch.float64)
+        full[self.present] = values.detach().to("cpu", torch.float64)
+        return full
+
     def pair(self, task: str, output: Any) -> tuple[Any, Any]:
         """The output and the target of a task, for the samples that count."""
         keep = self._keep[task]

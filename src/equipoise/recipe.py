@@ -56,7 +56,7 @@ class Recipe:
     out what is default and reads back to an equal recipe.
 
     Attributes:
-        weighting: how much each loss counts; default ew.
+        weighting: how much each loss counts; default ew, or what the aggregator's method says.
         aggregator: how gradients become one direction; default sum.
         is_stl: one network for each task instead, with neither of the two.
     """
@@ -89,25 +89,17 @@ class Recipe:
                 f"recipe {text!r}: stl trains one network for each task, where {other} has "
                 "nothing to balance; use one of the two."
             )
-        default = cls()
-        return cls(
-            weighting=stages.get("weighting", default.weighting),
-            aggregator=stages.get("aggregation", default.aggregator),
-            is_stl="baseline" in stages,
-        )
+        aggregator = stages.get("aggregation", cls().aggregator)
+        usual = Stage(METHODS[aggregator.method.beside])
+        return cls(stages.get("weighting", usual), aggregator, "baseline" in stages)
 
     def __str__(self) -> str:
         if self.is_stl:
             return "stl"
         default = Recipe()
-        parts = [
-            str(stage)
-            for stage, usual in (
-                (self.weighting, default.weighting),
-                (self.aggregator, default.aggregator),
-            )
-            if stage != usual
-        ]
+        usual = (Stage(METHODS[self.aggregator.method.beside]), default.aggregator)
+        stages = (self.weighting, self.aggregator)
+        parts = [str(stage) for stage, other in zip(stages, usual, strict=True) if stage != other]
         return "+".join(parts) or str(default.weighting)
 
     @staticmethod

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from equipoise.aggregation import IMTLG, MGDA, CAGrad, Mean, PCGrad, Sum
-from equipoise.weighting import DWA, EW, RLW, SI, UW, IGBv1
+from equipoise.aggregation import DBMTL, IMTLG, MGDA, CAGrad, MaxNorm, Mean, PCGrad, Sum
+from equipoise.weighting import DWA, EW, FAMO, GLS, IMTLL, RLW, SI, STCH, UW, GradNorm, IGBv1
 
 Axis = Literal["weighting", "aggregation", "baseline"]
 
@@ -23,12 +23,14 @@ class Method:
         axis: which question it answers.
         factory: the class; parameters in parentheses go to its constructor.
         level: the level at which an aggregator works.
+        beside: the weighting that a recipe has if it names this aggregator and no weighting.
     """
 
     token: str
     axis: Axis
     factory: Callable[..., Any]
     level: str = "parameters"
+    beside: str = "ew"
 
     @property
     def summary(self) -> str:
@@ -67,6 +69,11 @@ WEIGHTINGS: dict[str, Callable[..., Any]] = {
     "dwa": DWA,
     "uw": UW,
     "igbv1": IGBv1,
+    "imtl-l": IMTLL,
+    "gls": GLS,
+    "famo": FAMO,
+    "stch": STCH,
+    "gradnorm": GradNorm,
 }
 AGGREGATORS: dict[str, Callable[..., Any]] = {
     "sum": Sum,
@@ -75,7 +82,11 @@ AGGREGATORS: dict[str, Callable[..., Any]] = {
     "pcgrad": PCGrad,
     "cagrad": CAGrad,
     "imtl": IMTLG,
+    "max-norm": MaxNorm,
+    "db-mtl": DBMTL,
 }
+BESIDE: dict[str, str] = {"db-mtl": "si"}
+"""Aggregators of methods that also say how losses are weighted."""
 
 
 def single_task() -> Sum:
@@ -86,8 +97,10 @@ def single_task() -> Sum:
 def _methods() -> dict[str, Method]:
     methods = [Method(token, "weighting", factory) for token, factory in WEIGHTINGS.items()]
     for token, factory in AGGREGATORS.items():
-        methods.append(Method(token, "aggregation", factory))
-        methods.append(Method(f"{token}-ub", "aggregation", factory, level="features"))
+        beside = BESIDE.get(token, "ew")
+        methods.append(Method(token, "aggregation", factory, beside=beside))
+        if hasattr(factory, "coefficients"):  # others need the rows of the parameters themselves
+            methods.append(Method(f"{token}-ub", "aggregation", factory, "features", beside))
     methods.append(Method("stl", "baseline", single_task))
     return {method.token: method for method in methods}
 

@@ -83,13 +83,20 @@ class Replay:
         """
         if key not in self._states:
             raise KeyError(f"nothing was recorded under {key!r}; call recording({key!r}) first.")
-        after = RandomState(devices_of(self.model))
-        self._states[key].restore()
-        try:
-            with frozen_buffers(self.model):
-                yield
-        finally:
-            after.restore()
+        with replayed(self.model, self._states[key]):
+            yield
+
+
+@contextmanager
+def replayed(model: nn.Module, state: RandomState) -> Generator[None]:
+    """The body draws from `state` on; afterwards generators and buffers are as before it."""
+    after = RandomState({*devices_of(model), *state.devices})
+    state.restore()
+    try:
+        with frozen_buffers(model):
+            yield
+    finally:
+        after.restore()
 
 
 @contextmanager

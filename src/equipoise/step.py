@@ -57,7 +57,8 @@ class Step:
     of the joint batch.
 
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
-    (Sum, Mean); heads 1 forward and 1 backward. Memory: T x P numbers, or none for those.
+    (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. Memory: T x P numbers,
+    or none for those.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class Step:
         labels = Labels(self.model.tasks, targets, masks, self.ranks)
         if not labels.names:
             return StepReport.skipped(labels.tasks)
-        known = known_coefficients(self.aggregator, len(labels.names))
+        getattr(self.aggregator, "begin", lambda present: None)(labels.present)
+        known = known_coefficients(self, len(labels.names))
         self.model.zero_grad()  # frees P numbers before the rows are formed
         with self._undo(labels) as before:
             batch = self._forward(inputs, labels, known)
@@ -131,6 +133,7 @@ class Step:
                 raise self._non_finite(inputs, labels, heads, before)
             report = StepReport.of_present(labels, batch.losses, weights, factors, result, norm)
             self._update(batch, trunk, heads, learned)
+        self._let_weighting_learn(batch, report, before)
         return report
 
     # ------------------------------------------------------------------ its parts
@@ -203,6 +206,13 @@ class Step:
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
+
+    def _let_weighting_learn(self, batch: Batch, report: StepReport, before: RandomState) -> None:
+        """Show the weighting what it declares to need of the step that was made."""
+        w = self.weighting
+        if isinstance(w, Weighting) and (w.needs_gram or w.needs_losses_after):
+            after = batch.losses_now(before) if w.needs_losses_after else None
+            w.observe(report.losses, batch.labels.present, report.gram, after)
 
     # ------------------------------------------------------------------ stages
 

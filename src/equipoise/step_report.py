@@ -67,23 +67,17 @@ class StepReport:
         norm: float,
     ) -> StepReport:
         """From the values (T',) of the present tasks to all T."""
-        present = labels.present
-
-        def spread(values: Tensor, absent: float = 0.0) -> Tensor:
-            full = torch.full(present.shape, absent, dtype=torch.float64)
-            full[present] = values.detach().to("cpu", torch.float64)
-            return full
-
+        present, w = labels.present, result.coefficients
         gram = None
         if result.gram is not None:
             gram = torch.zeros(len(present), len(present), dtype=torch.float64)
             gram[torch.outer(present, present)] = result.gram.to(torch.float64).flatten()
         return cls(
             tasks=labels.tasks,
-            losses=spread(losses, torch.nan),
-            weights=spread(weights),
-            factors=spread(factors),
-            coefficients=None if result.coefficients is None else spread(result.coefficients),
+            losses=labels.spread(losses, torch.nan),
+            weights=labels.spread(weights),
+            factors=labels.spread(factors),
+            coefficients=None if w is None else labels.spread(w),
             gram=gram,
             direction_norm=norm,
         )

@@ -23,6 +23,12 @@ COMBINED = [
     "mgda(normalize=loss+)",
     "mgda-ub(normalize=loss)",
     "rlw(normalise_to=1)+cagrad-ub(c=0.9)",
+    "stch(warmup_epochs=1, mu=0.5)",
+    "famo+pcgrad",
+    "gradnorm(alpha=0.5)+sum-ub",
+    "imtl-l+imtl",
+    "ew+db-mtl(beta=0.5, decay=0.5)",
+    "si+max-norm-ub",
 ]
 RECIPES = [*METHODS, *COMBINED]
 FIVE = ("v", "w", "x", "y", "z")
@@ -42,11 +48,13 @@ def build(
     return eq.Recipe.parse(recipe).build(model, losses, lr=0.01, steps_per_epoch=2, seed=seed)
 
 
-def check_report(report: eq.StepReport, tasks: Sequence[str], aggregator: eq.Aggregator) -> None:
+def check_report(report: eq.StepReport, tasks: Sequence[str], step: eq.Step) -> None:
     """Check shapes, dtypes and what holds for every method."""
     n = len(tasks)
-    is_gram = isinstance(aggregator, eq.GramAggregator)
-    forms_rows = not is_gram or aggregator.known_coefficients(n) is None
+    is_gram = isinstance(step.aggregator, eq.GramAggregator)
+    forms_rows = (
+        not is_gram or step.weighting.needs_gram or step.aggregator.known_coefficients(n) is None
+    )
     assert report.tasks == tuple(tasks)
     vectors = [report.losses, report.weights, report.factors]
     assert (report.coefficients is None) != is_gram
@@ -80,7 +88,7 @@ def test_training_steps(recipe: str, dtype: torch.dtype, tasks: Sequence[str]) -
     before = parameters_of(model)
     for k in range(6):  # three epochs: beyond the warm-up of DWA and IGB
         report = step(*class_batch(tasks, seed=k, dtype=dtype))
-        check_report(report, tasks, step.aggregator)
+        check_report(report, tasks, step)
     moved = {path.strip("/") for path in differences(before, parameters_of(model))}
     assert moved == before.keys()
     for name, parameter in model.named_parameters():
@@ -150,7 +158,7 @@ def test_absent_tasks(recipe: str, absent: Sequence[str]) -> None:
         if gone and report.coefficients is not None:
             assert report.coefficients[i] == 0
     # The next batch has all of them again.
-    check_report(step(inputs, targets), FIVE, step.aggregator)
+    check_report(step(inputs, targets), FIVE, step)
 
 
 @every_recipe

@@ -21,6 +21,13 @@ class Aggregator(nn.Module, ABC):
     Any callable of that shape may stand in its place.
     """
 
+    def begin(self, present: Tensor) -> None:
+        """Step calls this before anything else of a step; for methods that remember each task.
+
+        Args:
+            present: (T,) bool on the CPU, which of all tasks this step has a gradient of.
+        """
+
     @abstractmethod
     def forward(self, rows: Tensor) -> Tensor:
         """The direction.

@@ -3,9 +3,27 @@
 from equipoise.weighting.base import Weighting
 from equipoise.weighting.dwa import DWA
 from equipoise.weighting.ew import EW
+from equipoise.weighting.famo import FAMO
+from equipoise.weighting.gls import GLS
+from equipoise.weighting.gradnorm import GradNorm
 from equipoise.weighting.igbv1 import IGBv1
+from equipoise.weighting.imtl_l import IMTLL
 from equipoise.weighting.rlw import RLW
 from equipoise.weighting.si import SI
+from equipoise.weighting.stch import STCH
 from equipoise.weighting.uw import UW
 
-__all__ = ["DWA", "EW", "RLW", "SI", "UW", "IGBv1", "Weighting"]
+__all__ = [
+    "DWA",
+    "EW",
+    "FAMO",
+    "GLS",
+    "IMTLL",
+    "RLW",
+    "SI",
+    "STCH",
+    "UW",
+    "GradNorm",
+    "IGBv1",
+    "Weighting",
+]

@@ -38,11 +38,17 @@ class Weighting(_ResizingModule, ABC):
         weights: the T weights of the last call, detached; 0 for an absent task.
         lr: learning rate of the weighting's own parameters; None: that of the optimizer.
         n_tasks: the number of tasks that it was built for; None: any.
+        needs_gram: whether `observe` wants the inner products of the task gradients; a step then
+            forms them, whatever its aggregator.
+        needs_losses_after: whether `observe` wants the losses after the update, which cost one
+            more forward pass.
     """
 
     weights: Tensor
     lr: float | None = None
     n_tasks: int | None = None
+    needs_gram: bool = False
+    needs_losses_after: bool = False
 
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """The weighted losses.
@@ -80,6 +86,38 @@ class Weighting(_ResizingModule, ABC):
         """What is weighted: the losses themselves, unless a method says otherwise."""
         return losses
 
+    def observe(
+        self,
+        losses: Tensor,
+        present: Tensor,
+        gram: Tensor | None = None,
+        after: Tensor | None = None,
+    ) -> None:
+        """Learn from the step that was made with the weights of the last call.
+
+        A Step calls it once the parameters are updated, if a need is declared; so does a loop of
+        one's own.
+
+        Args:
+            losses: (T,) the losses of the last call; anything for an absent task.
+            present: (T,) bool, as in the last call.
+            gram: (T, T) inner products of the gradients of the weighted losses; anything for an
+                absent task. For those who declare `needs_gram`.
+            after: (T,) the losses of the same batch with the updated parameters; NaN where there
+                is nothing to learn from. For those who declare `needs_losses_after`.
+
+        Raises:
+            ValueError: something that is needed is missing.
+        """
+        if (self.needs_gram and gram is None) or (self.needs_losses_after and after is None):
+            what = "gram" if self.needs_gram and gram is None else "after"
+            raise ValueError(f"{type(self).__name__} cannot learn without {what!r}.")
+        device = self.weights.device
+        self.learn(*(x if x is None else x.to(device) for x in (losses, present, gram, after)))
+
+    def learn(self, losses: Any, present: Any, gram: Any, after: Any) -> None:
+        """`observe`, on the device of the last call. Override with a declared need."""
+
 
 class EpochMean(_ResizingModule):
     """Mean of each task's loss over the batches in which it was present."""
@@ -114,9 +152,16 @@ def softmax_over(scores: Tensor, present: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(~present, -torch.inf), 0) * present.sum()
 
 
-def check_steps_per_epoch(steps_per_epoch: int) -> int:
+def for_each_task(value: Tensor, losses: Tensor, name: str) -> Tensor:
+    """One number for all tasks, or (T,), as (T,) in the precision of the losses; or ValueError."""
+    if value.dim() and value.shape != losses.shape:
+        raise ValueError(f"{name} has {value.numel()} entries, but there are {len(losses)} losses.")
+    return value.to(losses.dtype).expand_as(losses)
+
+
+def check_steps_per_epoch(steps_per_epoch: int | None) -> int:
     """A positive whole number of batches, or ValueError."""
-    if int(steps_per_epoch) != steps_per_epoch or steps_per_epoch < 1:
+    if steps_per_epoch is None or int(steps_per_epoch) != steps_per_epoch or steps_per_epoch < 1:
         raise ValueError(
             f"steps_per_epoch is {steps_per_epoch!r}; give the number of batches of one epoch, "
             "for example len(loader)."

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from equipoise.weighting.base import EpochMean, check_steps_per_epoch, softmax_over
-from equipoise.weighting.si import SI, SOLVED
+from equipoise.weighting.positive import SOLVED
+from equipoise.weighting.si import SI
 
 
 class IGBv1(SI):

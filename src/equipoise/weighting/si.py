@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equipoise.errors import TaskError
 from equipoise.weighting.base import Weighting
-
-SOLVED = 1e-12
-"""A loss up to here counts as solved: it contributes ln(SOLVED) and no gradient."""
+from equipoise.weighting.positive import check_positive, unless_solved
 
 
 class SI(Weighting):
@@ -38,14 +35,7 @@ class SI(Weighting):
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:
         """Weights times ln L."""
-        negative = losses < 0
-        if bool(negative.any()):
-            i = int(negative.nonzero()[0])
-            raise TaskError(
-                i,
-                f"loss is {losses[i].item():.6g}; {type(self).__name__} needs positive losses. "
-                "Use EW, or shift the loss.",
-            )
+        check_positive(losses, self)
         self.weights = self.weigh(losses.detach(), present).to(losses.dtype)
         if self.cap is not None:
             self.weights = torch.minimum(self.weights, self.cap * losses.detach())
@@ -57,4 +47,4 @@ class SI(Weighting):
 
     def objective(self, losses: Tensor) -> Tensor:
         """ln L, constant where the task is solved."""
-        return torch.log(torch.where(losses > SOLVED, losses, SOLVED))
+        return torch.log(unless_solved(losses))
