@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.aggregation import Sum
+from equipoise.aggregation import Aggregator, Sum
 from equipoise.batch import Batch, trainable
 from equipoise.boundary import Gradients
 from equipoise.combinations import held_by, known_coefficients, refuse_senseless
@@ -107,7 +107,8 @@ class Step:
         labels = Labels(self.model.tasks, targets, masks, self.ranks)
         if not labels.names:
             return StepReport.skipped(labels.tasks)
-        getattr(self.aggregator, "begin", lambda present: None)(labels.present)
+        if isinstance(self.aggregator, Aggregator):
+            self.aggregator.begin(labels.present)
         known = known_coefficients(self, len(labels.names))
         self.model.zero_grad()  # frees P numbers before the rows are formed
         with self._undo(labels) as before:
