@@ -1,6 +1,9 @@
 """What a step costs over plain SGD, beside the number of passes that it cannot go below.
 
-    python benchmarks/step.py [--rounds 30] [--threads 1] [--json FILE]
+    python benchmarks/step.py [--rounds 30] [--threads 1] [--json FILE] [--torchjd]
+
+With --torchjd the same model, batch and aggregator also run through TorchJD's `mtl_backward`, with
+its default (all tasks in parallel by vmap) and with `parallel_chunk_size=1`.
 
 Every round times a few steps of plain SGD (one forward, one backward of the summed losses,
 `optimizer.step`) and then of each method, so that a machine that slows down slows them all; a
@@ -22,6 +25,12 @@ from torch import nn
 
 import equipoise as eq
 
+try:
+    from torchjd import aggregation as jd
+    from torchjd.autojac import jac_to_grad, mtl_backward
+except ImportError:
+    jd = None
+
 METHODS = {
     # name: (recipe, trunk backwards as a function of T)
     "EW": ("ew", lambda n: 1),
@@ -29,6 +38,7 @@ METHODS = {
     "MGDA": ("mgda", lambda n: n),
     "CAGrad": ("cagrad", lambda n: n),
     "PCGrad": ("pcgrad", lambda n: n),
+    "IMTL-G": ("imtl", lambda n: n),
     "MGDA-UB": ("mgda-ub", lambda n: 1),
 }
 
@@ -54,6 +64,39 @@ def small_cnn(n_tasks: int) -> eq.SharedTrunk:
     return eq.SharedTrunk(trunk, {f"task{i}": nn.Linear(128, 10) for i in range(n_tasks)})
 
 
+TORCHJD = {"MGDA": "MGDA", "PCGrad": "PCGrad", "CAGrad": "CAGrad", "IMTL-G": "IMTLG"}
+"""Our method -> TorchJD's class of the same definition."""
+
+
+def torchjd_step(
+    model: eq.SharedTrunk, inputs: torch.Tensor, targets: dict, name: str, chunk: int | None
+) -> Callable[[], None]:
+    """A step as TorchJD's documentation of multi-task learning writes it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    kind = getattr(jd, TORCHJD[name])
+    aggregator = kind(c=0.4) if name == "CAGrad" else kind()
+    shared = model.shared_parameters()
+    heads = [model.head_parameters(task) for task in model.tasks]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        features = model.trunk(inputs)
+        losses = [
+            F.cross_entropy(model.head(task, features), targets[task]) for task in model.tasks
+        ]
+        mtl_backward(
+            losses,
+            features=features,
+            tasks_params=heads,
+            shared_params=shared,
+            parallel_chunk_size=chunk,
+        )
+        jac_to_grad(shared, aggregator)
+        optimizer.step()
+
+    return step
+
+
 PROBLEMS: dict[str, tuple[Callable[[int], eq.SharedTrunk], int, tuple[int, ...]]] = {
     "LeNet, T=2, batch 256": (lenet, 2, (256, 1, 36, 36)),
     "small CNN, T=10, batch 128": (small_cnn, 10, (128, 3, 32, 32)),
@@ -73,7 +116,7 @@ def plain_sgd(model: eq.SharedTrunk, inputs: torch.Tensor, targets: dict) -> Cal
     return step
 
 
-def measure(name: str, rounds: int, steps: int) -> list[dict]:
+def measure(name: str, rounds: int, steps: int, torchjd: bool) -> list[dict]:
     """One row for each method on one problem."""
     build, n_tasks, shape = PROBLEMS[name]
     torch.manual_seed(0)
@@ -86,6 +129,12 @@ def measure(name: str, rounds: int, steps: int) -> list[dict]:
             build(n_tasks), losses, 1e-3, 100, optimizer=torch.optim.SGD, seed=0
         )
         runs[method] = lambda step=step: step(inputs, targets)
+        if torchjd and method in TORCHJD:
+            for label, chunk in (("default", None), ("chunk 1", 1)):
+                model = build(n_tasks)
+                runs[f"{method}, TorchJD {label}"] = torchjd_step(
+                    model, inputs, targets, method, chunk
+                )
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     for k in range(rounds + 2):
         for method, run in runs.items():
@@ -99,6 +148,17 @@ def measure(name: str, rounds: int, steps: int) -> list[dict]:
         ratios = [a / b for a, b in zip(seconds[method], seconds["SGD"], strict=True)]
         low, middle, high = quartiles(ratios)
         limit = (1 + 2 * backwards(n_tasks)) / 3
+        peers = {}
+        if torchjd:
+            for label in ("default", "chunk 1"):
+                peer = seconds.get(f"{method}, TorchJD {label}")
+                peers[f"TorchJD {label} / ours"] = (
+                    "-"
+                    if peer is None
+                    else round(
+                        quartiles([b / a for a, b in zip(seconds[method], peer, strict=True)])[1], 2
+                    )
+                )
         rows.append(
             {
                 "problem": name,
@@ -109,6 +169,7 @@ def measure(name: str, rounds: int, steps: int) -> list[dict]:
                 "limit": round(limit, 3),
                 "over limit": round(middle / limit, 3),
                 "SGD ms": round(1e3 * quartiles(seconds["SGD"])[1], 2),
+                **peers,
             }
         )
     return rows
@@ -121,9 +182,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps timed in a row")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--json", default=None, help="write the rows here")
+    parser.add_argument("--torchjd", action="store_true", help="measure TorchJD beside it")
     arguments = parser.parse_args()
+    if arguments.torchjd and jd is None:
+        parser.error("TorchJD is not installed; pip install -c constraints.txt 'torchjd[cagrad]'")
     torch.set_num_threads(arguments.threads)
-    rows = [row for name in PROBLEMS for row in measure(name, arguments.rounds, arguments.steps)]
+    rows = [
+        row
+        for name in PROBLEMS
+        for row in measure(name, arguments.rounds, arguments.steps, arguments.torchjd)
+    ]
     print(table(rows))
     write(arguments.json, {"environment": environment(), "rows": rows})
 
