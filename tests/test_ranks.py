@@ -38,6 +38,10 @@ RECIPES = [
     "mgda-ub(normalize=loss+)",
     "igbv1+cagrad",
     "uw+mgda-ub",
+    "graddrop",
+    "graddrop-ub",
+    "nash",
+    "mgda(every=2)",
     "callable",
 ]
 LIMIT = 120

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.boundary import Boundary, Gradients, feature_gram, through_trunk, weighted_sum
+from equipoise.boundary import Boundary, Gradients, through_trunk, weighted_sum
 from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
 from equipoise.labels import Labels, check_loss
 from equipoise.linalg import finite_norm
 from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, replayed
-from equipoise.rows import Rows
+from equipoise.rows import Combination, Rows, combine_features
 from equipoise.trunk import SharedTrunk
 
 
@@ -149,16 +149,18 @@ class Batch:
         self._sent_back = self.features.sort(found[:cut])
         return self.ranks.sum_gradients(found[cut:], parameters)
 
-    def feature_gram(self) -> Tensor:
-        """(T', T') inner products of what the heads sent back, over the joint batch."""
-        n = len(self.labels.names)
-        if not self._sent_back:
-            return torch.zeros(n, n, dtype=torch.float64)
-        return self.ranks.sum(feature_gram(self._sent_back))
-
     def trunk_backward(self, weights: Tensor) -> Gradients:
         """The trunk's gradients if task k counts `weights[k]`: one backward."""
-        together = weighted_sum(self._sent_back, weights[: len(self._sent_back)])
+        return self._below(weighted_sum(self._sent_back, weights[: len(self._sent_back)]))
+
+    def features_backward(self, aggregator: Any) -> tuple[Combination, Gradients]:
+        """The trunk's gradients if the aggregator combines those of the features: one backward."""
+        result, together = combine_features(
+            self._sent_back, self.features.outputs, aggregator, self.losses, self.ranks
+        )
+        return result, self._below(together)
+
+    def _below(self, together: Gradients) -> Gradients:
         gradients = through_trunk(self.features.outputs, self.trunk_parameters, together)
         return self.ranks.sum_gradients(gradients, self.trunk_parameters)
 

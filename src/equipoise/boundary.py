@@ -90,6 +90,32 @@ def weighted_sum(per_task: Sequence[Gradients], weights: Tensor) -> Gradients:
     return total
 
 
+def entrywise_sum(per_task: Sequence[Gradients], weights: Sequence[Tensor]) -> Gradients:
+    """As `weighted_sum`, with for each output weights (T, ...) that differ from entry to entry."""
+    total: Gradients = []
+    for own, *column in zip(weights, *per_task, strict=True):
+        parts = [w * g for w, g in zip(own, column, strict=True) if g is not None]
+        total.append(torch.stack(parts).sum(0) if parts else None)
+    return total
+
+
+def signed_sums(per_task: Sequence[Gradients], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """For each output (B, ...) the tasks' sums over the batch of gradient times sign(output).
+
+    Returns:
+        (T, ...) for each output, with zeros for a task that sent nothing back.
+    """
+    return [
+        torch.stack(
+            [
+                torch.zeros_like(z[0]) if g is None else (z.detach().sign() * g).sum(0)
+                for g in column
+            ]
+        )
+        for z, *column in zip(outputs, *per_task, strict=True)
+    ]
+
+
 def feature_gram(per_task: Sequence[Gradients]) -> Tensor:
     """(T, T) inner products of the tasks' feature gradients, over all outputs, float64."""
     gram: Any = 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import CombinationError, TaskError, nearest
+from equipoise.rows import works_on_features
 from equipoise.trunk import SeparateTrunks
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def refuse_senseless(step: Step) -> None:
     if step.clip_norm is not None and not step.clip_norm > 0:
         raise ValueError(f"clip_norm is {step.clip_norm}; it must be positive, or None.")
     name = type(step.aggregator).__name__
-    if step.level == "features" and not hasattr(step.aggregator, "coefficients"):
+    if step.level == "features" and not works_on_features(step.aggregator):
         raise CombinationError(
             f"level='features' and {name}: the feature level needs an aggregator with "
             "coefficients(gram). Use level='parameters'."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from equipoise.boundary import Gradients, feature_gram, through_trunk, weighted_sum
+from equipoise.boundary import Gradients, through_trunk, weighted_sum
 from equipoise.errors import (
     NOT_FINITE,
     CombinationError,
@@ -20,7 +20,7 @@ from equipoise.errors import (
 from equipoise.labels import check_loss
 from equipoise.linalg import finite_norm
 from equipoise.ranks import Ranks
-from equipoise.rows import Combination, Rows, coefficients, combine
+from equipoise.rows import Combination, Rows, combine, combine_features, works_on_features
 
 
 def backward(
@@ -106,7 +106,7 @@ def _by_features(
     ranks: Ranks,
 ) -> tuple[Gradients, Combination]:
     """One backward a task down to the features, and one below."""
-    if not hasattr(aggregator, "coefficients"):
+    if not works_on_features(aggregator):
         raise CombinationError(
             f"{aggregator!r} has no coefficients(gram), which the feature level needs; leave "
             "`features` out."
@@ -126,12 +126,12 @@ def _by_features(
         found = torch.autograd.grad(loss, (*outputs, *others), retain_graph=True, allow_unused=True)
         sent_back.append(list(found[: len(outputs)]))
         rest.append(_finite(i, found[len(outputs) :]))
-    gram = ranks.sum(feature_gram(sent_back)).cpu()
-    w = coefficients(aggregator, gram, _joint(losses, ranks), ranks)
-    below = through_trunk(outputs, parameters, weighted_sum(sent_back, w))
+    joint = _joint(losses, ranks)
+    result, together = combine_features(sent_back, outputs, aggregator, joint, ranks)
+    below = through_trunk(outputs, parameters, together)
     heads = weighted_sum(rest, torch.ones(len(losses)))
     gradients = ranks.sum_gradients([*below, *heads], [*parameters, *others])
-    return gradients, Combination(w, gram)
+    return gradients, result
 
 
 def _finite(i: int, gradients: Sequence[Tensor | None]) -> Gradients:

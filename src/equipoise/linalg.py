@@ -27,6 +27,9 @@ def gram_matrix(rows: Tensor) -> Tensor:
     """
     rows = rows.detach()
     dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    if rows.numel() <= CHUNK:
+        piece = rows.to(dtype)
+        return piece @ piece.T
     gram = torch.zeros(len(rows), len(rows), dtype=dtype, device=rows.device)
     for piece in rows.split(max(1, CHUNK // max(1, len(rows))), dim=1):
         piece = piece.to(dtype)

@@ -1,6 +1,6 @@
 """Recipe: one line of text, "igbv1+cagrad(c=0.5)", to the stages of a Step and back.
 
-This is the only module that knows methods by name.
+This module and the registry are the only ones that know methods by name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Stage:
     def build(self, **context: Any) -> Any:
         """The stage, with what it takes of the context."""
         wanted = inspect.signature(self.method.factory).parameters
-        return self.method.factory(
+        return self.method.build(
             **self.parameters, **{k: v for k, v in context.items() if k in wanted}
         )
 

@@ -8,7 +8,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from equipoise.aggregation import DBMTL, IMTLG, MGDA, CAGrad, MaxNorm, Mean, PCGrad, Sum
+from equipoise.aggregation import (
+    DBMTL,
+    EDM,
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    Every,
+    FairGrad,
+    GradDrop,
+    GradVac,
+    GramAggregator,
+    MaxNorm,
+    Mean,
+    NashMTL,
+    PCGrad,
+    SDMGrad,
+    Sum,
+    UPGrad,
+)
+from equipoise.rows import works_on_features
 from equipoise.weighting import DWA, EW, FAMO, GLS, IMTLL, RLW, SI, STCH, UW, GradNorm, IGBv1
 
 Axis = Literal["weighting", "aggregation", "baseline"]
@@ -41,15 +63,31 @@ class Method:
     def parameters(self) -> dict[str, Any]:
         """The parameters that a recipe may set, with their defaults."""
         signature = inspect.signature(self.factory)
-        return {
+        own = {
             name: parameter.default
             for name, parameter in signature.parameters.items()
             if name not in FROM_CONTEXT and parameter.kind == parameter.POSITIONAL_OR_KEYWORD
         }
+        return {**own, "every": 1} if self._has_coefficients_to_keep else own
+
+    @property
+    def _has_coefficients_to_keep(self) -> bool:
+        """Whether coefficients come from Gram matrices, so that `every` can spare some of them."""
+        return (
+            isinstance(self.factory, type)
+            and issubclass(self.factory, GramAggregator)
+            and self.factory.known_coefficients is GramAggregator.known_coefficients
+        )
+
+    def build(self, every: int = 1, **arguments: Any) -> Any:
+        """The stage; an aggregator with `every` above 1 computes its coefficients that rarely."""
+        stage = self.factory(**arguments)
+        return stage if every == 1 else Every(stage, every)
 
     def check(self, name: str, value: Any) -> Any:
         """`value` as the parameter wants it (5 for a float is 5.0), or ValueError."""
-        hint = get_type_hints(getattr(self.factory, "__init__", self.factory))[name]
+        hints = {"every": int, **get_type_hints(getattr(self.factory, "__init__", self.factory))}
+        hint = hints[name]
         types = get_args(hint) or (hint,)
         if type(value) is int and float in types:
             value = float(value)
@@ -82,6 +120,16 @@ AGGREGATORS: dict[str, Callable[..., Any]] = {
     "pcgrad": PCGrad,
     "cagrad": CAGrad,
     "imtl": IMTLG,
+    "nash": NashMTL,
+    "edm": EDM,
+    "graddrop": GradDrop,
+    "gradvac": GradVac,
+    "aligned": AlignedMTL,
+    "upgrad": UPGrad,
+    "dualproj": DualProj,
+    "config": ConFIG,
+    "fairgrad": FairGrad,
+    "sdmgrad": SDMGrad,
     "max-norm": MaxNorm,
     "db-mtl": DBMTL,
 }
@@ -99,7 +147,7 @@ def _methods() -> dict[str, Method]:
     for token, factory in AGGREGATORS.items():
         beside = BESIDE.get(token, "ew")
         methods.append(Method(token, "aggregation", factory, beside=beside))
-        if hasattr(factory, "coefficients"):  # others need the rows of the parameters themselves
+        if works_on_features(factory):  # others need the rows of the parameters themselves
             methods.append(Method(f"{token}-ub", "aggregation", factory, "features", beside))
     methods.append(Method("stl", "baseline", single_task))
     return {method.token: method for method in methods}

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.boundary import Gradients
+from equipoise.boundary import (
+    Gradients,
+    entrywise_sum,
+    feature_gram,
+    signed_sums,
+    weighted_sum,
+)
 from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
 from equipoise.linalg import gram_matrix
 from equipoise.ranks import Ranks
@@ -171,3 +177,33 @@ def _combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combinat
     if not bool(torch.isfinite(direction).all()):
         raise EquipoiseError("the aggregator returned NaN or infinity for finite gradients.")
     return Combination(None, gram), direction
+
+
+def combine_features(
+    sent_back: Sequence[Gradients],
+    outputs: Sequence[Tensor],
+    aggregator: Any,
+    losses: Tensor,
+    ranks: Ranks,
+) -> tuple[Combination, Gradients]:
+    """One gradient for each output of the trunk, from those that the T heads sent back.
+
+    By coefficients (T,), or for an aggregator with `entry_weights` by the weights (T, F) that it
+    makes of what the tasks ask of each feature, summed over the batch and counted positive where
+    it makes the feature larger in size.
+    """
+    if outputs:
+        gram = ranks.sum(feature_gram(sent_back)).cpu()
+    else:
+        gram = torch.zeros(len(losses), len(losses), dtype=torch.float64)
+    if hasattr(aggregator, "coefficients"):
+        w = coefficients(aggregator, gram, losses, ranks)
+        return Combination(w, gram), weighted_sum(sent_back, w[: len(sent_back)])
+    sums = [ranks.sum(total) for total in signed_sums(sent_back, outputs)]
+    weights = [aggregator.entry_weights(s.flatten(1)).view_as(s) for s in sums]
+    return Combination(None, gram), entrywise_sum(sent_back, weights)
+
+
+def works_on_features(aggregator: Any) -> bool:
+    """Whether `combine_features` can ask this aggregator."""
+    return hasattr(aggregator, "coefficients") or hasattr(aggregator, "entry_weights")

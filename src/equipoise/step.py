@@ -25,7 +25,7 @@ from equipoise.labels import Labels
 from equipoise.linalg import finite_norm
 from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, devices_of, unchanged_on_error
-from equipoise.rows import Combination, Rows, coefficients, combine
+from equipoise.rows import Combination, Rows, combine
 from equipoise.step_report import StepReport
 from equipoise.trunk import SharedTrunk
 from equipoise.weighting import EW, Weighting
@@ -107,11 +107,9 @@ class Step:
         labels = Labels(self.model.tasks, targets, masks, self.ranks)
         if not labels.names:
             return StepReport.skipped(labels.tasks)
-        if isinstance(self.aggregator, Aggregator):
-            self.aggregator.begin(labels.present)
-        known = known_coefficients(self, len(labels.names))
         self.model.zero_grad()  # frees P numbers before the rows are formed
         with self._undo(labels) as before:
+            known = self._known(labels)
             batch = self._forward(inputs, labels, known)
             factors, weights, learned = self._weigh(batch.losses, labels)
             heads = batch.heads_backward(factors)
@@ -120,10 +118,7 @@ class Step:
                 result = Combination(known)
                 trunk = batch.trunk_backward(known)
             elif self.level == "features":
-                gram = batch.feature_gram().cpu()
-                w = coefficients(self.aggregator, gram, batch.losses, self.ranks)
-                result = Combination(w, gram)
-                trunk = batch.trunk_backward(w)
+                result, trunk = batch.features_backward(self.aggregator)
             else:
                 rows = batch.fill(self._buffer(batch))
                 result, direction = combine(rows, self.aggregator, batch.losses)
@@ -230,6 +225,13 @@ class Step:
         if isinstance(self.weighting, nn.Module):
             return trainable(list(self.weighting.parameters()))
         return []
+
+    def _known(self, labels: Labels) -> Tensor | None:
+        """The coefficients, where the aggregator can name them before there are gradients."""
+        if isinstance(self.aggregator, Aggregator):
+            self.aggregator.begin(labels.present)
+        known = known_coefficients(self, len(labels.names))
+        return None if known is None else self.ranks.from_first(known)
 
     def _stages(self) -> dict[str, Any]:
         return {"weighting": self.weighting, "aggregator": self.aggregator}

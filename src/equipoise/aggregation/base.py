@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -19,7 +20,12 @@ class Aggregator(nn.Module, ABC):
     """T task gradients as rows (T, P) to one direction (P,), which an optimizer then subtracts.
 
     Any callable of that shape may stand in its place.
+
+    Attributes:
+        never_conflicts: whether no task has a negative product with the direction, ever.
     """
+
+    never_conflicts: bool = False
 
     def begin(self, present: Tensor) -> None:
         """Step calls this before anything else of a step; for methods that remember each task.
@@ -51,7 +57,7 @@ class GramAggregator(Aggregator):
         needs_losses: whether `coefficients` wants the T losses too.
     """
 
-    degree: int = 1
+    degree: float = 1
     needs_losses: bool = False
 
     def forward(self, rows: Tensor, losses: Tensor | None = None) -> Tensor:
@@ -80,11 +86,13 @@ class GramAggregator(Aggregator):
             raise ValueError(f"{self} needs the losses beside the gradients.")
         matrix = gram.detach().to("cpu", torch.float64).numpy()  # the one copy to the host
         _refuse_non_finite(matrix)
-        scale = matrix.trace() / len(matrix)
+        scale = float(matrix.trace()) / len(matrix)
         if scale == 0:
             return gram.new_zeros(len(matrix), dtype=torch.float64)
         values = None if losses is None else losses.detach().to("cpu", torch.float64).numpy()
-        w = self.weights(matrix / scale, values) * scale ** ((self.degree - 1) / 2)
+        w = self.weights(matrix / scale, values)
+        if self.degree != 1:
+            w = w * scale ** ((self.degree - 1) / 2)
         return torch.from_numpy(np.ascontiguousarray(w)).to(gram.device)
 
     @abstractmethod
@@ -100,7 +108,7 @@ class GramAggregator(Aggregator):
 
 
 def _refuse_non_finite(gram: Array) -> None:
-    if not np.isfinite(gram).all():
+    if not math.isfinite(np.vdot(gram, gram)) and not np.isfinite(gram).all():
         bad = ~np.isfinite(np.diagonal(gram))
         row = int(bad.argmax()) if bad.any() else int((~np.isfinite(gram)).any(1).argmax())
         raise NonFiniteError(row, NOT_FINITE)

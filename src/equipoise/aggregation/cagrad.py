@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.aggregation.base import Array, GramAggregator
-from equipoise.aggregation.solvers import EPS, cagrad_weights
+from equipoise.aggregation.quadratic import EPS
+from equipoise.aggregation.solvers import cagrad_weights
 
 
 class CAGrad(GramAggregator):

@@ -39,11 +39,14 @@ class MGDA(GramAggregator):
             raise ValueError(f"zero is {zero!r}; known are 'keep' and 'drop'.")
         self.normalize = normalize
         self.zero = zero
+        self.never_conflicts = normalize is None
         self.needs_losses = normalize in ("loss", "loss+")
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """Min-norm weights of the (normalised) gradients."""
-        norms = np.sqrt(np.diagonal(gram))
+        if self.normalize is None and self.zero == "keep":
+            return min_norm_weights(gram)
+        norms = np.sqrt(gram.diagonal())
         active = norms > 0
         if self.zero == "keep" and not active.all():
             return np.where(active, 0.0, 1 / (~active).sum())

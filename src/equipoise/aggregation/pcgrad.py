@@ -39,7 +39,7 @@ class PCGrad(GeneratorState, GramAggregator):
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """The sum of all projected gradients, each as coefficients on the original ones."""
         m = len(gram)
-        orders = self._orders(m)
+        orders = random_orders(m, self.generator)
         squares = np.diagonal(gram)
         tasks = np.arange(m)
         projected = np.eye(m)
@@ -56,7 +56,8 @@ class PCGrad(GeneratorState, GramAggregator):
         total = projected.sum(0)
         return total / m if self.reduction == "mean" else total
 
-    def _orders(self, m: int) -> np.ndarray:
-        """(m, m - 1): for each task the others in random order."""
-        drawn = torch.stack([torch.randperm(m, generator=self.generator) for _ in range(m)])
-        return drawn[drawn != torch.arange(m)[:, None]].view(m, m - 1).numpy()
+
+def random_orders(m: int, generator: torch.Generator) -> np.ndarray:
+    """(m, m - 1): for each task the others in random order."""
+    drawn = np.stack([torch.randperm(m, generator=generator).numpy() for _ in range(m)])
+    return drawn[drawn != np.arange(m)[:, None]].reshape(m, m - 1)

@@ -1,24 +1,20 @@
 """The small exact solvers on which the aggregators stand.
 
 All work in float64 on a T x T Gram matrix whose scale the caller has made of order 1, and to
-tolerances that are relative to it.
+tolerances that are relative to it. The quick way to a solution guesses which constraints bind and
+solves one linear system for each guess; what it finds is checked, and where it fails a slower and
+surer way takes over.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from equipoise.aggregation.base import Array
+from equipoise.aggregation.quadratic import EPS, Mask, nonnegative, nonnegative_by_root, posv
 
-EPS = float(np.finfo(np.float64).eps)
-
-
-def gram_root(gram: Array) -> Array:
-    """A matrix L with L^T L = gram, negative eigenvalues (round-off) taken as 0."""
-    values, vectors = np.linalg.eigh(gram)
-    return np.sqrt(values.clip(0))[:, None] * vectors.T
+MANY_STEPS = 100
+LITTLE = 1e-6
 
 
 def min_norm_weights(gram: Array) -> Array:
@@ -30,29 +26,32 @@ def min_norm_weights(gram: Array) -> Array:
     n_i v_i with n_i = |L_i| over the shortest one, so that vectors of very unlike lengths lose
     no digits. Where some are zero, they share the weight.
     """
-    lengths = np.sqrt(np.diagonal(gram).clip(0))
-    shortest = lengths.min()
-    if shortest == 0:
-        return (lengths == 0) / (lengths == 0).sum()
     if len(gram) == 1:
         return np.ones(1)
     if len(gram) == 2:
         return _min_norm_of_two(gram)
+    lengths = np.sqrt(gram.diagonal().clip(0))
+    shortest = lengths.min()
+    if shortest == 0:
+        return (lengths == 0) / (lengths == 0).sum()
+    cosines = gram / (lengths[:, None] * lengths)
     inverse = shortest / lengths
-    matrix = np.vstack([gram_root(gram / np.outer(lengths, lengths)), inverse])
-    target = np.zeros(len(matrix))
-    target[-1] = 1
-    u, _ = nnls(matrix, target, maxiter=30 * len(gram))
-    v = u * inverse
+    u = nonnegative(cosines + inverse[:, None] * inverse, -inverse, np.ones(len(gram), bool))
+    if u is not None:
+        v = u * inverse
+        w = v / v.sum()
+        products = gram @ w
+        if products.min() >= (w @ products) * (1 - 1e-11) > 0:
+            return w
+    v = nonnegative_by_root(cosines, inverse) * inverse
     return v / v.sum()
 
 
 def _min_norm_of_two(gram: Array) -> Array:
     """The foot of the perpendicular from 0 on the segment, or the nearer end."""
-    apart = gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]
-    if apart <= 0:
-        return np.full(2, 0.5)
-    first = min(max((gram[1, 1] - gram[0, 1]) / apart, 0.0), 1.0)
+    (a, b), (_, d) = gram.tolist()
+    apart = a + d - 2 * b
+    first = min(max((d - b) / apart, 0.0), 1.0) if apart > 0 else 0.5
     return np.array([first, 1 - first])
 
 
@@ -60,9 +59,8 @@ def cagrad_weights(gram: Array, c: float) -> Array:
     """Weights w in the simplex that minimise w^T b + k sqrt(w^T G w), the dual of CAGrad.
 
     b = G 1 / T holds the products with the mean gradient g_0, and k = c |g_0|. At the solution
-    G w + t b is constant on the support and larger elsewhere, with t = |g_w| / k: for fixed t
-    that is a min-norm problem. So t is found between 0 and max |g_i| / k; on a given support
-    the equation for t is a quadratic one, whose root is exact once the support is right.
+    G w + t b is constant on the support and larger elsewhere, with t = |g_w| / k. On a given
+    support w is linear in t, and t the root of a quadratic equation.
     """
     m = len(gram)
     b = gram.mean(1)
@@ -70,10 +68,59 @@ def cagrad_weights(gram: Array, c: float) -> Array:
     k = c * np.sqrt(max(mean_square, 0.0))
     if k <= EPS or m == 1:
         return np.full(m, 1 / m)
-    low, high = 0.0, float(np.sqrt(np.diagonal(gram).max()) / k)
-    t = min(1.0 / c, high) if high > 0 else 0.0
-    for _ in range(100):
-        w = min_norm_weights(gram + t * (b[:, None] + b) + t**2 * mean_square)
+    w = _cagrad_by_supports(gram, b, k, np.ones(m, bool))
+    return _cagrad_by_halving(gram, b, k, c) if w is None else w
+
+
+def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array | None:
+    """Exchange all tasks that are on the wrong side until none is; None if that leads nowhere."""
+    right = np.stack([np.ones(len(gram)), b], axis=1)
+    for _ in range(12):
+        index = support.nonzero()[0]
+        inner = gram if len(index) == len(gram) else gram[index[:, None], index]
+        _, solved, info = posv(inner, right[index], lower=1)
+        if info != 0:
+            return None
+        flat, along = solved.T
+        constant = flat / flat.sum()  # w(t) = constant + t slope
+        slope = along.sum() * constant - along
+        moved = inner @ slope
+        # |g_w(t)|^2 = t^2 k^2; the products with `constant` are all alike and slope sums to 0.
+        curvature, offset = slope @ moved - k**2, 1 / flat.sum()
+        if not (curvature < 0 < offset):
+            return None
+        t = np.sqrt(offset / -curvature)
+        w = np.zeros(len(gram))
+        w[index] = constant + t * slope
+        level = gram @ w + t * b
+        least = level[index].mean()
+        wrong = np.where(support, w < 0, level < least * (1 - 1e-12))
+        if not wrong.any():
+            exact = np.ptp(level[index]) <= 1e-11 * abs(least)
+            return w if exact else None
+        support ^= wrong
+        if not support.any():
+            return None
+    return None
+
+
+def _cagrad_by_halving(gram: Array, b: Array, k: float, c: float) -> Array:
+    """For fixed t a min-norm problem; so t is found between 0 and max |g_i| / k."""
+    mean_square = b.mean()
+    low, high = 0.0, float(np.sqrt(gram.diagonal().max()) / k)
+    w = min_norm_weights(gram)
+    if w @ gram @ w <= EPS * (w @ gram.diagonal()):
+        at_zero, little = w, high * LITTLE
+        w = min_norm_weights(shifted(gram, b, mean_square, little))
+        if w @ gram @ w <= (little * k) ** 2:
+            return at_zero  # t, and with it g_w, vanishes
+        low = little
+    t = min(1.0 / c, high)
+    for _ in range(MANY_STEPS):
+        w = min_norm_weights(shifted(gram, b, mean_square, t))
+        exact = _cagrad_by_supports(gram, b, k, w > 0)
+        if exact is not None:
+            return exact
         excess = np.sqrt(max(w @ gram @ w, 0.0)) - t * k
         if abs(excess) <= 4 * EPS * t * k or high - low <= 4 * EPS * high:
             break
@@ -83,9 +130,12 @@ def cagrad_weights(gram: Array, c: float) -> Array:
     return w
 
 
-def _radius_on_support(
-    gram: Array, b: Array, k: float, support: NDArray[np.bool_], near: float
-) -> float:
+def shifted(gram: Array, b: Array, mean_square: float, t: float) -> Array:
+    """The Gram matrix of g_i + t g_0, with b the products with g_0 and mean_square = |g_0|^2."""
+    return gram + t * (b[:, None] + b) + t**2 * mean_square
+
+
+def _radius_on_support(gram: Array, b: Array, k: float, support: Mask, near: float) -> float:
     """The t with |g_w(t)| = t k if w(t) keeps its support; the root nearest to `near`."""
     inner = gram[np.ix_(support, support)]
     s = len(inner)
@@ -111,9 +161,13 @@ def equal_projection_weights(gram: Array) -> Array:
     several, the least-squares solution nearest to equal weights is taken.
     """
     m = len(gram)
-    n = np.sqrt(np.diagonal(gram))
+    n = np.sqrt(gram.diagonal())
+    cosines = gram / (n[:, None] * n)
+    a = solve_if_regular(cosines, np.ones(m))
+    if a is not None:
+        a = a / n
+        return a / a.sum()  # the sum is positive: n^T gram^-1 n over a positive number
     tolerance = 100 * m * EPS
-    cosines = gram / np.outer(n, n)
     values, vectors = np.linalg.eigh(cosines)
     if values[0] > tolerance * values[-1]:
         a = vectors @ (vectors.sum(0) / values) / n
@@ -127,3 +181,62 @@ def equal_projection_weights(gram: Array) -> Array:
     right = np.append(-orthogonal @ equal, 0.0)
     correction, *_ = np.linalg.lstsq(system, right, rcond=tolerance)
     return equal + correction
+
+
+def solve_if_regular(matrix: Array, right: Array, least: float = 1e-4) -> Array | None:
+    """matrix^-1 right for a positive definite matrix; None unless it clearly is one.
+
+    That is, unless the pivots of its Cholesky factor are all `least` of the largest or more.
+    """
+    factor, solution, info = posv(matrix, right, lower=1)
+    if info != 0:
+        return None
+    pivots = factor.diagonal()
+    return solution if pivots.min() >= least * pivots.max() else None
+
+
+def fair_weights(cosines: Array, sizes: Array, power: float) -> Array | None:
+    """Weights b > 0 with cosines b = sizes b^-power; None where there are none.
+
+    They are the one minimum of the convex function b^T C b / 2 - sum s_i phi(b_i), phi'(b) =
+    b^-power, found by Newton's method with a search along the step while it is far away. There is
+    no minimum where some non-negative weights combine the gradients to zero: the function then
+    falls for ever.
+    """
+    m = len(cosines)
+    b = (sizes / np.abs(cosines).sum(1)) ** (1 / (1 + power))
+    before = np.inf
+    for _ in range(10 * MANY_STEPS):  # below 10, but for powers far from 1
+        pull = sizes * b**-power
+        hessian = cosines.copy()
+        hessian.flat[:: m + 1] += power * pull / b
+        _, step, info = posv(hessian, pull - cosines @ b, lower=1)
+        if info != 0:
+            return None
+        change = float(np.abs(step / b).max())
+        if change > 0.1:
+            step = _length(cosines, sizes, power, b, step) * step
+        b = b + step
+        if not float(b @ cosines @ b) > 100 * m * EPS * float(b.sum()) ** 2:
+            return None  # the unit gradients, so combined, leave nothing but round-off
+        if change < 1e-7 or before <= change < 1e-3:  # squared by this step; or all round-off
+            return b
+        before = change
+    return None
+
+
+def _length(cosines: Array, sizes: Array, power: float, b: Array, step: Array) -> float:
+    """How much of the step to go: to where the function of `fair_weights` stops falling."""
+    curvature, slope = float(step @ cosines @ step), float(step @ (cosines @ b))
+    sizes = sizes * step
+    steepest = slope - float(sizes @ b**-power)
+    shrinking = float((step / b).min())
+    high = length = min(1.0, -0.95 / shrinking) if shrinking < 0 else 1.0
+    low = 0.0
+    for _ in range(20):
+        rise = length * curvature + slope - float(sizes @ (b + length * step) ** -power)
+        if abs(rise) <= -0.2 * steepest or (rise < 0 and length == high):
+            break
+        low, high = (low, length) if rise > 0 else (length, high)
+        length = (low + high) / 2
+    return length
