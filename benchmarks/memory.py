@@ -24,9 +24,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import equipoise as eq
+from equipoise.registry import METHODS
 
 WIDTH = 1024  # of three square layers: about 3 million shared parameters
-OURS = {"EW": "ew", "MGDA": "mgda", "CAGrad": "cagrad", "PCGrad": "pcgrad", "IMTL-G": "imtl"}
+OURS = {"EW": "ew"} | {
+    method.factory.__name__: token
+    for token, method in METHODS.items()
+    if method.axis == "aggregation" and method.level == "parameters"
+}
 
 
 def network(n_tasks: int) -> eq.SharedTrunk:
@@ -83,7 +88,7 @@ def main() -> None:
         unit = n_tasks * 4 * sum(p.numel() for p in model.shared_parameters())
         names = [f"equipoise:{method}" for method in OURS]
         if jd is not None:
-            names += [f"TorchJD {k}:{m}" for m in TORCHJD for k in ("default", "chunk 1")]
+            names += [f"TorchJD {k}:{m}" for m in TORCHJD.values() for k in ("default", "chunk 1")]
         base = _measured("SGD", n_tasks)
         for name in names:
             above = _measured(name, n_tasks) - base

@@ -73,7 +73,7 @@ def torchjd_step(
 ) -> Callable[[], None]:
     """A step as TorchJD's documentation of multi-task learning writes it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    kind = getattr(jd, TORCHJD[name])
+    kind = getattr(jd, TORCHJD.get(name, name))
     aggregator = kind(c=0.4) if name == "CAGrad" else kind()
     shared = model.shared_parameters()
     heads = [model.head_parameters(task) for task in model.tasks]

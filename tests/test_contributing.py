@@ -1,0 +1,60 @@
+"""The method that CONTRIBUTING.md adds is a real one, and one line is all that it needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+REGISTER = """
+import equipoise.registry as registry
+from unit_mean import UnitMean
+
+registry.AGGREGATORS["unit-mean"] = UnitMean  # the one line
+registry.METHODS.update(registry._methods())
+"""
+
+EVERYWHERE = """
+import sys
+sys.path.insert(0, "docs")
+import register_unit_mean
+import gen_pages
+from equipoise import Recipe
+
+assert "`unit-mean`" in gen_pages.methods_table("aggregation")
+print(Recipe.parse("IGBv1+UnitMean-UB(every=5)"))
+"""
+
+
+def example() -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```$", text, flags=re.DOTALL | re.MULTILINE)
+    return next(textwrap.dedent(block) for _, block in blocks if "class UnitMean" in block)
+
+
+def test_the_example_is_short() -> None:
+    assert len(example().splitlines()) < 60
+
+
+def test_one_line_of_registry_brings_it_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "unit_mean.py").write_text(f'"""A method."""\n{example()}', encoding="utf-8")
+    (tmp_path / "register_unit_mean.py").write_text(REGISTER, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run("-c", EVERYWHERE).strip() == "igbv1+unit-mean-ub(every=5)"
+    options = ("-p", "register_unit_mean", "-p", "no:cacheprovider", "-k", "unit-mean")
+    passed = re.search(r"(\d+) passed", run("-m", "pytest", *options, "-v", "tests/conformance"))
+    assert passed
+    assert int(passed[1]) > 30
