@@ -1,7 +1,8 @@
 """What a step costs over plain SGD, beside the number of passes that it cannot go below.
 
-    python benchmarks/step.py [--rounds 30] [--threads 1] [--json FILE] [--torchjd]
+    python benchmarks/step.py [--rounds 15] [--threads 1] [--json FILE] [--all] [--torchjd]
 
+With --all every registered aggregator that works on the Gram matrix is measured instead of a few.
 With --torchjd the same model, batch and aggregator also run through TorchJD's `mtl_backward`, with
 its default (all tasks in parallel by vmap) and with `parallel_chunk_size=1`.
 
@@ -24,6 +25,7 @@ from common import environment, quartiles, table, write
 from torch import nn
 
 import equipoise as eq
+from equipoise.registry import METHODS as METHODS_BY_TOKEN
 
 try:
     from torchjd import aggregation as jd
@@ -54,7 +56,7 @@ def lenet(n_tasks: int) -> eq.SharedTrunk:
 
 
 def small_cnn(n_tasks: int) -> eq.SharedTrunk:
-    """A small convolutional net for 32 x 32 colour images with one logit a task."""
+    """A small convolutional net for 32 x 32 colour images: 10 classes a task."""
     trunk = nn.Sequential(
         nn.Conv2d(3, 32, 5), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
@@ -63,6 +65,14 @@ def small_cnn(n_tasks: int) -> eq.SharedTrunk:
     )  # fmt: skip
     return eq.SharedTrunk(trunk, {f"task{i}": nn.Linear(128, 10) for i in range(n_tasks)})
 
+
+EVERY_GRAM_RECIPE = {
+    token: (token, lambda n: n)
+    for token, method in METHODS_BY_TOKEN.items()
+    if method.axis == "aggregation"
+    and method.level == "parameters"
+    and "every" in method.parameters
+}
 
 TORCHJD = {"MGDA": "MGDA", "PCGrad": "PCGrad", "CAGrad": "CAGrad", "IMTL-G": "IMTLG"}
 """Our method -> TorchJD's class of the same definition."""
@@ -116,7 +126,7 @@ def plain_sgd(model: eq.SharedTrunk, inputs: torch.Tensor, targets: dict) -> Cal
     return step
 
 
-def measure(name: str, rounds: int, steps: int, torchjd: bool) -> list[dict]:
+def measure(name: str, methods: dict, rounds: int, steps: int, torchjd: bool) -> list[dict]:
     """One row for each method on one problem."""
     build, n_tasks, shape = PROBLEMS[name]
     torch.manual_seed(0)
@@ -124,7 +134,7 @@ def measure(name: str, rounds: int, steps: int, torchjd: bool) -> list[dict]:
     targets = {f"task{i}": torch.randint(10, shape[:1]) for i in range(n_tasks)}
     losses = dict.fromkeys(targets, F.cross_entropy)
     runs = {"SGD": plain_sgd(build(n_tasks), inputs, targets)}
-    for method, (recipe, _) in METHODS.items():
+    for method, (recipe, _) in methods.items():
         step = eq.Recipe.parse(recipe).build(
             build(n_tasks), losses, 1e-3, 100, optimizer=torch.optim.SGD, seed=0
         )
@@ -144,7 +154,7 @@ def measure(name: str, rounds: int, steps: int, torchjd: bool) -> list[dict]:
             if k >= 2:  # two rounds to warm up
                 seconds[method].append((time.perf_counter() - start) / steps)
     rows = []
-    for method, (recipe, backwards) in METHODS.items():
+    for method, (recipe, backwards) in methods.items():
         ratios = [a / b for a, b in zip(seconds[method], seconds["SGD"], strict=True)]
         low, middle, high = quartiles(ratios)
         limit = (1 + 2 * backwards(n_tasks)) / 3
@@ -178,19 +188,21 @@ def measure(name: str, rounds: int, steps: int, torchjd: bool) -> list[dict]:
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
     parser.add_argument("--steps", type=int, default=3, help="steps timed in a row")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--json", default=None, help="write the rows here")
+    parser.add_argument("--all", action="store_true", help="every aggregator instead of a few")
     parser.add_argument("--torchjd", action="store_true", help="measure TorchJD beside it")
     arguments = parser.parse_args()
     if arguments.torchjd and jd is None:
         parser.error("TorchJD is not installed; pip install -c constraints.txt 'torchjd[cagrad]'")
     torch.set_num_threads(arguments.threads)
+    methods = EVERY_GRAM_RECIPE if arguments.all else METHODS
     rows = [
         row
         for name in PROBLEMS
-        for row in measure(name, arguments.rounds, arguments.steps, arguments.torchjd)
+        for row in measure(name, methods, arguments.rounds, arguments.steps, arguments.torchjd)
     ]
     print(table(rows))
     write(arguments.json, {"environment": environment(), "rows": rows})
