@@ -35,9 +35,9 @@ class DBMTL(Aggregator):
 
     Unanimity value T (1 - b) g at the first step, T g in the long run: the average starts at 0. A
     task whose average is zero takes no part. May conflict with the gradients of the step. Passes:
-    one trunk forward and T backwards a step. Memory: 2 T x P, the average being state; a Step
-    holds a third while it may still have to undo. An absent task keeps its average, and adds
-    nothing.
+    one trunk forward and T backwards a step. Memory: 4 T x P: the rows, the average
+    before and after, and a copy in case the step has to be undone. An absent task keeps its
+    average, and adds nothing.
     """
 
     average: Tensor
@@ -66,8 +66,8 @@ class DBMTL(Aggregator):
         """The direction (P,), from the rows (T, P) of this step and what is remembered."""
         if rows.dim() != 2:
             raise ValueError(f"rows must have shape (T, P), not {tuple(rows.shape)}.")
-        everyone = torch.ones(self.n_tasks, dtype=torch.bool)
-        present = everyone if self._present is None else self._present
+        all_tasks = torch.ones(self.n_tasks, dtype=torch.bool)
+        present = all_tasks if self._present is None else self._present
         if len(rows) != int(present.sum()):
             raise EquipoiseError(
                 f"DBMTL averages the gradients of {self.n_tasks} tasks, of which "
@@ -78,9 +78,10 @@ class DBMTL(Aggregator):
             average = rows.new_zeros(self.n_tasks, rows.shape[1])
         steps = self.steps.cpu() + present
         stays = (self.beta / steps[present].to(torch.float64) ** self.decay).to(rows)
-        fresh = torch.lerp(rows, average[present], stays[:, None])
+        everyone = bool(present.all())  # then nothing need be picked out, or put back
+        fresh = torch.lerp(rows, average if everyone else average[present], stays[:, None])
         direction = MaxNorm()(fresh)  # refuses what is not finite, before it is kept
-        self.average = average.index_put((present.to(rows.device),), fresh)
+        self.average = fresh if everyone else average.index_put((present.to(rows.device),), fresh)
         self.steps, self._present = steps, None
         return direction
 

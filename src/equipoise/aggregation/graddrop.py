@@ -34,7 +34,7 @@ class GradDrop(GeneratorState, Aggregator):
 
     Unanimity value T g; the expected d is sum g_i, for opposite and collinear gradients too. A zero
     gradient has no say. May conflict. Passes: one trunk forward and T backwards a step;
-    `level="features"`: one backward. Memory: T x P. State: the generator.
+    `level="features"`: one backward. Memory: (T + 5) x P. State: the generator.
     """
 
     def __init__(self, leak: float = 0.0, generator: torch.Generator | None = None) -> None:
