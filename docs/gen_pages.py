@@ -39,7 +39,8 @@ def methods_table(axis: str) -> str:
         name = factory.__name__
         stage = f"[`{name}`][{factory.__module__}.{name}]" if name in public else ""
         shown = ", ".join(f"`{token}`" for token in known)
-        lines.append(f"| {shown} | {stage} | {summaries[factory]} |")
+        summary = summaries[factory].replace("|", r"\|")  # a bar would end the cell
+        lines.append(f"| {shown} | {stage} | {summary} |")
     return "\n".join(lines)
 
 
