@@ -335,3 +335,12 @@ def test_mgda_by_losses_needs_positive_ones(normalize: str) -> None:
         MGDA(normalize=normalize)(jacobian)
     with pytest.raises(ValueError, match="positive"):
         MGDA(normalize=normalize)(jacobian, losses=torch.tensor([1.0, 0.0]))
+
+
+def test_imtl_g_where_no_weights_of_sum_one_give_equal_projections() -> None:
+    # G^-1 n is (1, 1, -2) up to its length: it cannot be scaled to sum 1. The direction stays
+    # of the size of the gradients instead of growing without bound.
+    rows = torch.tensor([[6, 0, 0], [0, 6, 0], [2, 2, 1]], dtype=torch.float64) / 6
+    weights = IMTLG().coefficients(rows @ rows.T)
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float(weights.abs().max()) < 2

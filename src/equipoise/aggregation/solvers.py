@@ -163,15 +163,15 @@ def equal_projection_weights(gram: Array) -> Array:
     m = len(gram)
     n = np.sqrt(gram.diagonal())
     cosines = gram / (n[:, None] * n)
-    a = solve_if_regular(cosines, np.ones(m))
-    if a is not None:
-        a = a / n
-        return a / a.sum()  # the sum is positive: n^T gram^-1 n over a positive number
     tolerance = 100 * m * EPS
-    values, vectors = np.linalg.eigh(cosines)
-    if values[0] > tolerance * values[-1]:
-        a = vectors @ (vectors.sum(0) / values) / n
-        if abs(a.sum()) > tolerance * np.abs(a).sum():
+    unscaled = solve_if_regular(cosines, np.ones(m))
+    if unscaled is None:
+        values, vectors = np.linalg.eigh(cosines)
+        if values[0] > tolerance * values[-1]:
+            unscaled = vectors @ (vectors.sum(0) / values)
+    if unscaled is not None:
+        a = unscaled / n
+        if abs(a.sum()) > tolerance * np.abs(a).sum():  # else no multiple of it has sum 1
             return a / a.sum()
     # gram a is parallel to n exactly if its part orthogonal to n vanishes.
     unit = n / np.linalg.norm(n)
