@@ -342,5 +342,5 @@ def test_imtl_g_where_no_weights_of_sum_one_give_equal_projections() -> None:
     # of the size of the gradients instead of growing without bound.
     rows = torch.tensor([[6, 0, 0], [0, 6, 0], [2, 2, 1]], dtype=torch.float64) / 6
     weights = IMTLG().coefficients(rows @ rows.T)
-    assert float(weights.sum()) == pytest.approx(1)
+    assert float(weights.sum()) == pytest.approx(1, abs=0.05)  # in the sense of least squares
     assert float(weights.abs().max()) < 2
