@@ -1,5 +1,7 @@
 """Rows: the buffer, what it remembers, and what is made of it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,16 @@ def test_what_a_callable_may_not_return(aggregator: object, words: str) -> None:
     rows, _ = filled()
     with pytest.raises(eq.EquipoiseError, match=words):
         combine(rows, aggregator, torch.ones(2))
+
+
+@pytest.mark.parametrize("aggregator", [eq.MGDA(), lambda rows: rows.T @ rows.new_ones(len(rows))])
+def test_autocast_does_not_round_the_direction(aggregator: Callable) -> None:
+    torch.manual_seed(0)
+    rows = Rows([nn.Parameter(torch.zeros(50))], 3, Ranks())
+    for gradient in torch.randn(3, 50):
+        rows.add([gradient])
+    _, expected = combine(rows, aggregator, torch.ones(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, direction = combine(rows, aggregator, torch.ones(3))
+    assert direction.dtype == torch.float32
+    assert torch.equal(direction, expected)

@@ -162,3 +162,11 @@ def test_learned_weights_continue_with_their_own_optimizer_group() -> None:
     assert fresh.optimizer.param_groups[1]["lr"] == 0.5
     fresh(*regression_batch(seed=1))
     assert torch.equal(step.weighting.log_variances, fresh.weighting.log_variances)
+
+
+def test_something_else_than_a_state_is_refused() -> None:
+    step = class_step(None, eq.Sum())
+    before = snapshot(step)
+    with pytest.raises(eq.EquipoiseError, match="was saved with None, this Step has"):
+        step.load_state_dict(step.model.state_dict())
+    assert differences(before, snapshot(step)) == []

@@ -271,9 +271,9 @@ class Step:
                 nothing has changed then.
         """
         mine = self.state_dict()
-        if state["stages"] != mine["stages"]:
+        if state.get("stages") != mine["stages"]:
             raise EquipoiseError(
-                f"the state was saved with {state['stages']}, this Step has {mine['stages']}."
+                f"the state was saved with {state.get('stages')}, this Step has {mine['stages']}."
             )
         try:
             self._load(state)

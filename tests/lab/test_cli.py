@@ -56,6 +56,7 @@ def equipoise(monkeypatch, capsys):
         ("compare ew --epochs 0", "epochs is 0"),
         ("compare ew --lr 0", "lr is 0.0"),
         ("compare ew --batch-size 0", "batch_size is 0"),
+        ("train ew --data-root nowhere", "there is no folder nowhere; give another --data-root."),
         ("compare ew --jobs 0", "--jobs"),
         ("compare ew --device cuda:99", "device 'cuda:99' is not there"),
         ("compare ew --precision 8", "precision is '8'"),

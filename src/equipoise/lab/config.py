@@ -7,6 +7,7 @@ import platform
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,13 @@ class RunConfig(BaseModel):
     @classmethod
     def _canonical(cls, recipe: str) -> str:
         return str(Recipe.parse(recipe))
+
+    @field_validator("data_root")
+    @classmethod
+    def _exists(cls, data_root: str | None) -> str | None:
+        if data_root is not None and not Path(data_root).is_dir():
+            raise ValueError(f"there is no folder {data_root}; give another --data-root.")
+        return data_root
 
     @field_validator("device")
     @classmethod
