@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import equipoise as eq
+from equipoise.combine import works_on_features
 from equipoise.registry import AGGREGATORS, METHODS, WEIGHTINGS
-from equipoise.rows import works_on_features
 
 parse = eq.Recipe.parse
 

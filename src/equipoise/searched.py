@@ -1,0 +1,300 @@
+"""The trials of a line search on a batch: something is moved, and the losses are looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from equipoise.batch import Batch
+from equipoise.boundary import Gradients
+from equipoise.combine import Combination, combine, products
+from equipoise.linalg import finite_norm, inner, length, on_host
+from equipoise.line_search import FastBacktracking
+from equipoise.line_search.base import Rule
+from equipoise.perturbed import SecondLook
+from equipoise.rows import Rows
+from equipoise.update import give_gradients, update
+from equipoise.weigh import learnable
+
+if TYPE_CHECKING:
+    from equipoise.step import Step
+
+
+class Found(NamedTuple):
+    """How a search ended.
+
+    Attributes:
+        step_size: the accepted one; 0 if none was.
+        trials: how many were tried.
+        slopes: (T',) what each weighted loss falls by for each unit of step size, were it linear.
+        losses: (T',) of the accepted trial; None if there was none.
+        verified: whether the accepted latent step held for the whole network; None: not looked at.
+    """
+
+    step_size: float
+    trials: int
+    slopes: Tensor
+    losses: Tensor | None
+    verified: bool | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a step was made."""
+        return self.losses is not None
+
+
+class Moving:
+    """Parameters on their way along directions; back, bit for bit, if the body raises.
+
+    Args:
+        parameters: where they start.
+        directions: which are subtracted; None: the parameter stays.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], directions: Gradients) -> None:
+        pairs = [(p, d) for p, d in zip(parameters, directions, strict=True) if d is not None]
+        self.parameters = [p.detach() for p, _ in pairs]
+        self.directions = [d for _, d in pairs]
+        self.starts = [p.clone() for p in self.parameters]
+
+    def to(self, size: float) -> None:
+        """To start - size direction."""
+        if self.parameters:
+            self.back()
+            torch._foreach_add_(self.parameters, self.directions, alpha=-size)
+
+    def back(self) -> None:
+        """To the start."""
+        if self.parameters:
+            torch._foreach_copy_(self.parameters, self.starts)
+
+    def __enter__(self) -> Moving:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            self.back()
+
+
+class Search:
+    """One step whose length is searched for.
+
+    Args:
+        step: whose line search, optimizer and weighting they are.
+        batch: after its heads' backward; it has recorded its draws.
+        factors: (T',) by which each loss is multiplied.
+        rows: the task gradients of the shared parameters, where there are any.
+        look: the second look that made the direction, if one did; it has kept what the first saw.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        batch: Batch,
+        factors: Tensor,
+        rows: Rows | None = None,
+        look: SecondLook | None = None,
+    ) -> None:
+        assert step.line_search is not None
+        self.step, self.batch, self.rows = step, batch, rows
+        self.first = None if look is None else look.before
+        self.rule = step.line_search
+        self.factors = factors.detach()
+        self.before = self.factors * batch.losses
+        self.head_parameters = [p for own in batch.head_parameters.values() for p in own]
+
+    def along(
+        self, result: Combination, trunk: Gradients, heads: Gradients, learned: Gradients
+    ) -> tuple[Found, Combination, float]:
+        """Search along a direction, and leave the parameters where the search ends.
+
+        Args:
+            result: how the direction came about.
+            trunk: the direction of the trunk's parameters.
+            heads: that of the heads.
+            learned: gradients of the weighting's parameters, which the optimizer steps with its
+                own learning rate if a step was accepted.
+
+        Returns:
+            What was found; how the direction of the trunk that was searched in the end came
+            about, and its length.
+        """
+        self.own = heads if self.first is None else self.first.heads
+        promised = self._promised(heads, self._shared(result, trunk))
+        if self.first is not None and not self.rule.descends(promised):
+            assert self.rows is not None
+            result.fallback = True
+            trunk, heads = self.rows.per_parameter(self.first.direction), self.first.heads
+            promised = self._promised(heads, result.products)
+        if self.rule.moves == "optimizer":
+            found = self._along_optimizer(result, trunk, heads, learned, promised)
+        else:
+            if isinstance(self.rule, FastBacktracking):
+                found, result, trunk = self._among_features(self.rule, result, trunk, heads)
+            else:
+                found = self._among_parameters([*trunk, *heads], promised)
+            if found.accepted and learned:
+                update(self.step, self.batch, [None] * len(trunk), [None] * len(heads), learned)
+            give_gradients(self.step, self.batch, trunk, heads, learned)
+        self.rule.count(found.trials, found.step_size, found.slopes)
+        norm = finite_norm(trunk)
+        return found, result, math.inf if norm is None else norm
+
+    def _try(self, moving: Moving, promised: Tensor, losses: Callable[[float], Tensor]) -> Found:
+        """Trials until one is accepted; the parameters are then there, or else back."""
+        trials = 0
+        with moving:
+            for size in self.rule.sizes():
+                trials += 1
+                moving.to(size)
+                after = losses(size)
+                if self.rule.allows(size, self.before, self.factors * after, promised):
+                    return Found(size, trials, promised, after)
+            moving.back()
+        return Found(0.0, trials, promised, None)
+
+    # ------------------------------------------------------------------ in the parameters
+
+    def _among_parameters(self, directions: Gradients, promised: Tensor) -> Found:
+        moving = Moving([*self.batch.trunk_parameters, *self.head_parameters], directions)
+        return self._try(moving, promised, lambda size: self.batch.losses_again())
+
+    def _along_optimizer(
+        self,
+        result: Combination,
+        trunk: Gradients,
+        heads: Gradients,
+        learned: Gradients,
+        promised: Tensor,
+    ) -> Found:
+        """To where the optimizer would go, if that is downwards for every task."""
+        optimizer, rows = self.step.optimizer, self.rows
+        assert rows is not None
+        parameters = [*self.batch.trunk_parameters, *self.head_parameters]
+        others = Moving(learnable(self.step.weighting), list(learned))
+        start = Moving(parameters, list(parameters))
+        state = deepcopy(optimizer.state_dict())
+        found = None
+        try:
+            update(self.step, self.batch, trunk, heads, learned)
+            steps: Gradients = [
+                a - b.detach() for a, b in zip(start.starts, parameters, strict=True)
+            ]
+            start.back()
+            cut = len(trunk)
+            shared = self._row_products(result, rows.joined(steps[:cut]))
+            along = self._promised(steps[cut:], shared)
+            if self.rule.descends(along):
+                promised = along
+            else:
+                result.fallback = True
+                steps = [*trunk, *heads]
+            found = self._among_parameters(steps, promised)
+            return found
+        finally:
+            if found is None or not found.accepted:
+                start.back()
+                others.back()
+                optimizer.load_state_dict(state)
+
+    # ------------------------------------------------------------------ among the features
+
+    def _among_features(
+        self, rule: FastBacktracking, result: Combination, trunk: Gradients, heads: Gradients
+    ) -> tuple[Found, Combination, Gradients]:
+        batch = self.batch
+        latent = batch.latent
+        scale = self._scale(rule, trunk)
+        promised = self._promised(heads, scale * self._shared(result, trunk))
+        slopes = self._slopes(trunk) if rule.verify else None
+        moving = Moving(self.head_parameters, heads)
+        found = self._try(moving, promised, lambda size: batch.losses_again((latent, size * scale)))
+        if not found.accepted:
+            return found, result, trunk
+        moving_trunk = Moving(batch.trunk_parameters, trunk)
+        with moving, moving_trunk:
+            moving_trunk.to(found.step_size)
+            if slopes is None:
+                return found, result, trunk
+            after = batch.losses_again()
+            # A slope upwards would let the loss grow; such a step does not hold.
+            falls = self._promised(heads, slopes.clamp_min(0), "full")
+            if rule.allows(found.step_size, self.before, self.factors * after, falls):
+                sure = found._replace(slopes=falls, losses=after, verified=True)
+                return sure, result, trunk
+            moving.back()
+            moving_trunk.back()
+        return self._in_the_end_among_parameters(found, heads)
+
+    def _in_the_end_among_parameters(
+        self, tried: Found, heads: Gradients
+    ) -> tuple[Found, Combination, Gradients]:
+        """The step of Backtracking, after a latent one that did not hold."""
+        step, batch = self.step, self.batch
+        if self.rows is None:
+            self.rows = batch.fill(step.buffer(batch))
+        result, direction = combine(self.rows, step.rows_aggregator, batch.losses, step.descent)
+        trunk = self.rows.per_parameter(direction)
+        assert result.products is not None
+        promised = self._promised(heads, result.products, "full")
+        found = self._among_parameters([*trunk, *heads], promised)
+        found = found._replace(trials=tried.trials + found.trials, verified=False)
+        return found, result, trunk
+
+    def _scale(self, rule: FastBacktracking, trunk: Gradients) -> float:
+        batch = self.batch
+        if rule.needs_lengths:
+            square = batch.ranks.sum(inner(batch.latent, batch.latent).cpu())
+            return rule.scale(length(g for g in trunk if g is not None) ** 2, float(square), 1)
+        count = batch.features.samples()
+        return rule.scale(0.0, 0.0, int(batch.ranks.sum(torch.tensor(count))))
+
+    def _slopes(self, trunk: Gradients) -> Tensor:
+        """(T',) products of the tasks' trunk gradients with J^T d_z."""
+        slopes = self.batch.slopes(trunk)
+        if slopes is None:
+            self.rows = self.batch.fill(self.step.buffer(self.batch))
+            slopes = self.rows.products(self.rows.joined(trunk))
+        return slopes
+
+    # ------------------------------------------------------------------ first-order decreases
+
+    def _promised(
+        self, heads: Gradients, shared: Tensor | None, rule: Rule | None = None
+    ) -> Tensor:
+        assert shared is not None
+        return self.rule.promised(self._head_products(heads), shared, rule)
+
+    def _shared(self, result: Combination, trunk: Gradients) -> Tensor:
+        """(T',) products of the tasks' gradients with the shared direction."""
+        if self.first is not None:
+            assert self.rows is not None
+            return self._row_products(result, self.rows.joined(trunk))
+        if result.products is not None:
+            return result.products
+        # Known before any gradient was: no more than the sum of all is needed, if anything is.
+        w = result.coefficients
+        assert w is not None
+        pieces = self.batch.latent if self.rule.level == "features" else trunk
+        square = inner(pieces, pieces).cpu()
+        square = self.batch.ranks.sum(square) if self.rule.level == "features" else square
+        return (square / w.sum()).expand_as(w) if w.sum() != 0 else torch.zeros_like(w)
+
+    def _row_products(self, result: Combination, direction: Tensor) -> Tensor:
+        assert self.rows is not None
+        clean = None if self.first is None else self.first.rows
+        return products(self.rows, result.gram, direction, clean)
+
+    def _head_products(self, heads: Gradients) -> Tensor:
+        """(T',) products of each head's gradient with its direction."""
+        found, first = [], 0
+        for parameters in self.batch.head_parameters.values():
+            part = slice(first, first + len(parameters))
+            found.append(inner(self.own[part], heads[part]))
+            first = part.stop
+        return on_host(found)
