@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,7 @@ from equipoise.combine import Combination, combine, products
 from equipoise.linalg import finite_norm, inner, length, on_host
 from equipoise.line_search import FastBacktracking
 from equipoise.line_search.base import Rule
+from equipoise.moving import Kept, Moving
 from equipoise.perturbed import SecondLook
 from equipoise.rows import Rows
 from equipoise.update import give_gradients, update
@@ -46,39 +47,6 @@ class Found(NamedTuple):
     def accepted(self) -> bool:
         """Whether a step was made."""
         return self.losses is not None
-
-
-class Moving:
-    """Parameters on their way along directions; back, bit for bit, if the body raises.
-
-    Args:
-        parameters: where they start.
-        directions: which are subtracted; None: the parameter stays.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], directions: Gradients) -> None:
-        pairs = [(p, d) for p, d in zip(parameters, directions, strict=True) if d is not None]
-        self.parameters = [p.detach() for p, _ in pairs]
-        self.directions = [d for _, d in pairs]
-        self.starts = [p.clone() for p in self.parameters]
-
-    def to(self, size: float) -> None:
-        """To start - size direction."""
-        if self.parameters:
-            self.back()
-            torch._foreach_add_(self.parameters, self.directions, alpha=-size)
-
-    def back(self) -> None:
-        """To the start."""
-        if self.parameters:
-            torch._foreach_copy_(self.parameters, self.starts)
-
-    def __enter__(self) -> Moving:
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is not None:
-            self.back()
 
 
 class Search:
@@ -154,6 +122,7 @@ class Search:
                 moving.to(size)
                 after = losses(size)
                 if self.rule.allows(size, self.before, self.factors * after, promised):
+                    moving.stay()
                     return Found(size, trials, promised, after)
             moving.back()
         return Found(0.0, trials, promised, None)
@@ -173,22 +142,19 @@ class Search:
         promised: Tensor,
     ) -> Found:
         """To where the optimizer would go, if that is downwards for every task."""
-        optimizer, rows = self.step.optimizer, self.rows
-        assert rows is not None
+        optimizer = self.step.optimizer
         parameters = [*self.batch.trunk_parameters, *self.head_parameters]
-        others = Moving(learnable(self.step.weighting), list(learned))
-        start = Moving(parameters, list(parameters))
+        before = Kept([*parameters, *learnable(self.step.weighting)])
+        starts = before.starts[: len(parameters)]
         state = deepcopy(optimizer.state_dict())
         found = None
         try:
             update(self.step, self.batch, trunk, heads, learned)
-            steps: Gradients = [
-                a - b.detach() for a, b in zip(start.starts, parameters, strict=True)
-            ]
-            start.back()
+            ends = [p.data for p in parameters]
+            steps: Gradients = [a - b for a, b in zip(starts, ends, strict=True)]
+            torch._foreach_copy_(ends, starts)
             cut = len(trunk)
-            shared = self._row_products(result, rows.joined(steps[:cut]))
-            along = self._promised(steps[cut:], shared)
+            along = self._promised(steps[cut:], self._products(result, trunk, steps[:cut]))
             if self.rule.descends(along):
                 promised = along
             else:
@@ -198,8 +164,7 @@ class Search:
             return found
         finally:
             if found is None or not found.accepted:
-                start.back()
-                others.back()
+                before.back()
                 optimizer.load_state_dict(state)
 
     # ------------------------------------------------------------------ among the features
@@ -220,11 +185,13 @@ class Search:
         with moving, moving_trunk:
             moving_trunk.to(found.step_size)
             if slopes is None:
+                moving_trunk.stay()
                 return found, result, trunk
             after = batch.losses_again()
             # A slope upwards would let the loss grow; such a step does not hold.
             falls = self._promised(heads, slopes.clamp_min(0), "full")
             if rule.allows(found.step_size, self.before, self.factors * after, falls):
+                moving_trunk.stay()
                 sure = found._replace(slopes=falls, losses=after, verified=True)
                 return sure, result, trunk
             moving.back()
@@ -272,23 +239,28 @@ class Search:
 
     def _shared(self, result: Combination, trunk: Gradients) -> Tensor:
         """(T',) products of the tasks' gradients with the shared direction."""
-        if self.first is not None:
-            assert self.rows is not None
-            return self._row_products(result, self.rows.joined(trunk))
-        if result.products is not None:
+        if result.products is not None and self.first is None:
             return result.products
-        # Known before any gradient was: no more than the sum of all is needed, if anything is.
+        if self.rule.level == "features":
+            latent = self.batch.latent
+            return self._of_all(result, self.batch.ranks.sum(inner(latent, latent).cpu()))
+        return self._products(result, trunk, trunk)
+
+    def _products(self, result: Combination, trunk: Gradients, steps: Gradients) -> Tensor:
+        """(T',) products of the tasks' gradients with steps of the trunk's parameters."""
+        if self.rows is None:
+            return self._of_all(result, inner(trunk, steps).cpu())
+        clean = None if self.first is None else self.first.rows
+        return products(self.rows, result.gram, self.rows.joined(steps), clean)
+
+    def _of_all(self, result: Combination, product: Tensor) -> Tensor:
+        """(T',) with the right sum, where the direction c sum_t g_t is all that is known.
+
+        A search that is content with that wants to know no more.
+        """
         w = result.coefficients
         assert w is not None
-        pieces = self.batch.latent if self.rule.level == "features" else trunk
-        square = inner(pieces, pieces).cpu()
-        square = self.batch.ranks.sum(square) if self.rule.level == "features" else square
-        return (square / w.sum()).expand_as(w) if w.sum() != 0 else torch.zeros_like(w)
-
-    def _row_products(self, result: Combination, direction: Tensor) -> Tensor:
-        assert self.rows is not None
-        clean = None if self.first is None else self.first.rows
-        return products(self.rows, result.gram, direction, clean)
+        return (product / w.sum()).expand_as(w) if w.sum() != 0 else torch.zeros_like(w)
 
     def _head_products(self, heads: Gradients) -> Tensor:
         """(T',) products of each head's gradient with its direction."""
