@@ -8,7 +8,7 @@ from typing import Any
 
 from equipoise import call
 from equipoise.lab import options
-from equipoise.lab.data import celeba, multimnist
+from equipoise.lab.data import celeba, multimnist, nyuv2
 from equipoise.lab.data.base import Data, DataError, Split, loader
 from equipoise.lab.data.digits import digits_attributes, multidigits
 
@@ -21,6 +21,7 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "multifashion": multimnist.multifashion,
     "multifashion-mnist": multimnist.multifashion_mnist,
     "celeba": celeba.celeba,
+    "nyuv2": nyuv2.nyuv2,
 }
 """Name -> `build(root, seed, **options)`. A new set is one line here."""
 

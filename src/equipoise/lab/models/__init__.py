@@ -11,11 +11,17 @@ from equipoise.lab import options
 from equipoise.lab.data.base import Data
 from equipoise.lab.models.lenet import LeNet, lenet
 from equipoise.lab.models.resnet import ResNet18, resnet18
+from equipoise.lab.models.segnet import SegNet, segnet, segnet_mtan
 from equipoise.trunk import SharedTrunk
 
-__all__ = ["MODELS", "LeNet", "ModelError", "ResNet18", "build", "canonical"]
+__all__ = ["MODELS", "LeNet", "ModelError", "ResNet18", "SegNet", "build", "canonical"]
 
-MODELS: dict[str, Callable[..., SharedTrunk]] = {"lenet": lenet, "resnet18": resnet18}
+MODELS: dict[str, Callable[..., SharedTrunk]] = {
+    "lenet": lenet,
+    "resnet18": resnet18,
+    "segnet": segnet,
+    "segnet-mtan": segnet_mtan,
+}
 """Name -> `build(data, **options)`: the model for a data set. A new model is one line here."""
 
 
