@@ -82,6 +82,11 @@ class Part:
             experiment.train(self.canonical, [seed])
 
 
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What the result.json of each finished run of a comparison holds."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+
+
 def mean(values: Iterable[float]) -> float:
     """The mean."""
     return float(np.mean(list(values)))
