@@ -74,6 +74,19 @@ class Split(Dataset[Batch]):
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Published numbers of single-task training, for a Delta_m without such runs of one's own.
+
+    Args:
+        source: where they are from, in a few words that can stand in a sentence.
+        values: task -> measure -> value, each in the unit of the measure.
+    """
+
+    source: str
+    values: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set.
 
@@ -86,6 +99,7 @@ class Data:
         input_shape: shape of one input, (channels, height, width) for images; for graphs the
             numbers of features (of a node, of an edge).
         description: one sentence for `equipoise list` and the report page.
+        baseline: published numbers of single-task training, if there are any.
     """
 
     name: str
@@ -95,6 +109,7 @@ class Data:
     test: Split
     input_shape: tuple[int, ...]
     description: str
+    baseline: Baseline | None = None
 
 
 def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLoader[Batch]:
