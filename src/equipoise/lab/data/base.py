@@ -80,6 +80,19 @@ class Indexed(Dataset[IndexedBatch]):
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Published numbers of single-task training, for a Delta_m without such runs of one's own.
+
+    Args:
+        source: where they are from, in a few words that can stand in a sentence.
+        values: task -> measure -> value, each in the unit of the measure.
+    """
+
+    source: str
+    values: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class Data:
     """A data set.
 
@@ -93,6 +106,7 @@ class Data:
         description: one sentence for `equipoise list` and the report page.
         groups: name -> tasks that belong together by what is known of the data, to judge a
             grouping by; nothing is trained with it. Empty where nothing is known.
+        baseline: published numbers of single-task training, if there are any.
     """
 
     name: str
@@ -103,6 +117,7 @@ class Data:
     input_shape: tuple[int, ...]
     description: str
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    baseline: Baseline | None = None
 
 
 @overload
