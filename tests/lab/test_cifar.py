@@ -241,7 +241,7 @@ def test_positive_samples_count_as_in_the_paper_exactly_or_once(root, hundred):
     assert exact["living"] == pytest.approx(2 / 3) and exact["not-living"] == pytest.approx(1.5)
     assert set(weights(load("cifar10(val=20, pos_weight=none)", root)).values()) == {1.0}
     assert set(weights(load("cifar100(val=50)", hundred)).values()) == {99.0}
-    with pytest.raises(ValueError, match="0 of the 5 training .* give more images, or pos_weight"):
+    with pytest.raises(ValueError, match="0 of the 5 training .* give more samples, or"):
         load("cifar10(train=5, val=20, pos_weight=exact)", root)
 
 

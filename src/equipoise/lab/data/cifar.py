@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from equipoise import call
 from equipoise.lab.data import pickled
 from equipoise.lab.data.base import Data, DataError, Split
+from equipoise.lab.data.weights import balance
 from equipoise.lab.tasks import Task
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -206,10 +206,9 @@ def _build(
         targets = {name: torch.from_numpy(values).float() for name, values in truth.items()}
         splits.append(Split(torch.from_numpy(images), targets))
 
-    given = {
-        name: _weight(source, weights, weight if name in names[0] else 1.0, target, name)
-        for name, target in splits[0].targets.items()
-    }
+    given = {name: weight if weights and name in names[0] else 1.0 for name in splits[0].targets}
+    if weights == "exact":
+        given = {name: balance(name, target) for name, target in splits[0].targets.items()}
     return Data(
         source.name,
         tuple(Task.binary(name, pos_weight=w, metric=metric) for name, w in given.items()),
@@ -333,22 +332,6 @@ def _chosen(
             "images; give a number that fits."
         )
     return [ours[:wanted], ours[room:], theirs[:tested]]
-
-
-def _weight(
-    source: Published, weights: Weights | None, paper: float, target: Tensor, name: str
-) -> float:
-    if weights is None:
-        return 1.0
-    if weights == "paper":
-        return paper
-    positive = int(target.sum())
-    if not 0 < positive < len(target):
-        raise ValueError(
-            f"task {name!r}: {positive} of the {len(target)} training images are positive, so "
-            "there is no exact weight; give more images, or pos_weight=paper."
-        )
-    return (len(target) - positive) / positive
 
 
 def _groups(
