@@ -25,11 +25,12 @@ GRADIENT_BALANCING = ("mgda", "pcgrad", "cagrad", "imtl", "nash")
 TOGETHER = ("igbv1+nash", "igbv2+cagrad")
 
 MOLECULES = {
-    "data": "qm9-lite(train=6000, val=1000, test=1400)",
+    "data": "qm9-lite(train=8000, val=1000)",
     "model": "mpnn(dim=16)",
     "epochs": 20,
     "batch_size": 120,
     "lr": 3e-3,
+    "schedule": "plateau",
 }
 IMAGES = {
     "data": "multifashion-mnist(train=12000, val=2000, test=10000)",
