@@ -8,7 +8,7 @@ from typing import Any
 
 from equipoise import call
 from equipoise.lab import options
-from equipoise.lab.data import celeba, cifar, cityscapes, cityscapes_release, multimnist
+from equipoise.lab.data import celeba, cifar, cityscapes, cityscapes_release, multimnist, nyuv2
 from equipoise.lab.data.base import Data, DataError, Split, loader
 from equipoise.lab.data.digits import digits_attributes, multidigits
 
@@ -25,6 +25,7 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "cifar100": cifar.cifar100,
     "cityscapes": cityscapes.cityscapes,
     "cityscapes-release": cityscapes_release.cityscapes_release,
+    "nyuv2": nyuv2.nyuv2,
 }
 """Name -> `build(root, seed, **options)`. A new set is one line here."""
 

@@ -323,9 +323,7 @@ def _shrunk(
     if arrays is None:
         return {part: scenes.__getitem__ for part, scenes in readers.items()}
 
-    return {
-        part: _Kept([arrays[f"{part} {kind}"] for kind in KINDS]).scene for part in readers
-    }
+    return {part: _Kept([arrays[f"{part} {kind}"] for kind in KINDS]).scene for part in readers}
 
 
 class _Kept(NamedTuple):

@@ -13,6 +13,7 @@ from equipoise.lab.models.cnn import CNN, cnn
 from equipoise.lab.models.lenet import LeNet, lenet
 from equipoise.lab.models.pspnet import DilatedResNet50, resnet50_pspnet
 from equipoise.lab.models.resnet import ResNet18, resnet18
+from equipoise.lab.models.segnet import SegNet, segnet, segnet_mtan
 from equipoise.trunk import SharedTrunk
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LeNet",
     "ModelError",
     "ResNet18",
+    "SegNet",
     "build",
     "canonical",
 ]
@@ -31,6 +33,8 @@ MODELS: dict[str, Callable[..., SharedTrunk]] = {
     "cnn": cnn,
     "resnet18": resnet18,
     "resnet50-pspnet": resnet50_pspnet,
+    "segnet": segnet,
+    "segnet-mtan": segnet_mtan,
 }
 """Name -> `build(data, **options)`: the model for a data set. A new model is one line here."""
 
