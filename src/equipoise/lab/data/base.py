@@ -66,6 +66,10 @@ class Split(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def seeded(self, shuffle_seed: int | None) -> Split:
+        """The samples as a pass with that seed has them; a set that varies them overrides this."""
+        return self
+
     def __getitem__(self, index: Tensor | Sequence[int] | int) -> Batch:
         """The batch (B, ...) at several indices, or the one sample (...) at an int."""
         targets = {task: target[index] for task, target in self.targets.items()}
@@ -156,10 +160,12 @@ def loader(
         batch_size: samples in a batch.
         shuffle_seed: None: in order. A number: shuffled anew in each pass, and loaders made with
             the same seed go through the same passes. An epoch that must be repeatable by itself
-            (to resume a run there) takes a loader with a seed of its own.
+            (to resume a run there) takes a loader with a seed of its own. A set that varies its
+            training samples does so in shuffled passes only, as the seed says.
         with_index: False: batches (inputs, targets). True: (inputs, targets, index), where
             index (B,) long says which samples of `split` they are, 0 to N - 1, whatever the order.
     """
+    split = split.seeded(shuffle_seed)
     generator = torch.Generator().manual_seed(shuffle_seed or 0)
     order = (
         SequentialSampler(split)
