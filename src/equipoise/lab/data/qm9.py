@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import zipfile
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -27,6 +28,11 @@ from equipoise.lab.data.molecules import (
 FOLDERS = ("QM9", "qm9", "")  # below the root, each with raw/ in it
 PROCESSED = "https://data.pyg.org/datasets/qm9_v3.zip"
 RAW = "https://deepchemdata.s3-us-west-1.amazonaws.com/datasets/molnet_publish/qm9.zip"
+DAMAGED = (
+    zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError,
+    TypeError, AttributeError,
+)  # fmt: skip
+"""What torch_geometric raises on files that are cut off, or not what it takes them for."""
 KINDS = 4  # single, double, triple, aromatic
 PUBLISHED = Baseline(
     "Navon et al. (ICML 2022), on a split and a training of their own",
@@ -149,13 +155,13 @@ def read(base: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     )
     try:
         dataset = QM9(str(base))
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise DataError(f"qm9: the files cannot be had ({reason}); place {needed}.") from error
-    except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, IndexError, EOFError) as error:
+    except (OSError, *DAMAGED) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None)
+        what = "the files cannot be had"
+        if any((base / "raw").glob("*")):
+            what = f"what is in {base / 'raw'} is damaged or not complete"
         raise DataError(
-            f"qm9: what is in {base} is damaged ({type(error).__name__}: {error}); remove it, and "
-            f"place {needed}."
+            f"qm9: {what} ({reason or type(error).__name__}); place {needed}."
         ) from error
     collated, slices = dataset._data, dataset.slices
     assert collated is not None and slices is not None
