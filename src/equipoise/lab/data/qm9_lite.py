@@ -112,7 +112,7 @@ def read(path: Path) -> Arrays:
         DataError: it is no such file, or damaged; says what is wrong.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != "smiles"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise _damaged(path, f"cannot be read ({error})") from error
