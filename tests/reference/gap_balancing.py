@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from reference.weighting import TINY, log_loss, softmax
+from torch import Tensor, nn
 
 Batch = Sequence[float | None]  # one loss a task, None for a task without labels
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from reference.aggregation import min_norm_weights
+from torch import Tensor, nn
 
 Vector = np.ndarray
 Direction = Callable[[Vector], Vector]  # rows (T, P) or (T, B d) -> one direction
