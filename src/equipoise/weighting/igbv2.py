@@ -174,13 +174,10 @@ class IGBv2(GeneratorState, SI):
         if epoch >= self.use_epoch:
             logits = self.bound * self._ready().act(state.cpu().numpy(), self.generator)
         else:
-            draws = torch.randn(self.n_tasks or 0, generator=self.generator, dtype=torch.float64)
+            draws = torch.randn(state.shape, generator=self.generator, dtype=torch.float64)
             logits = draws.clamp(-self.bound, self.bound)
-        self.last_losses, self.last_present, self.last_logits = (
-            state,
-            here.clone(),
-            logits.to(state),
-        )
+        self.last_losses, self.last_present = state, here.clone()
+        self.last_logits = logits.to(state)
         return softmax_over(self.last_logits, here).to(losses.device)
 
     def _check(self, losses: Tensor) -> None:
@@ -194,11 +191,9 @@ class IGBv2(GeneratorState, SI):
         """The transition from the batch before to this one."""
         reward = self.reward(state, present)
         if reward is not None:
-            before, action = (
-                self.last_losses.cpu().numpy(),
-                self.last_logits.cpu().numpy() / self.bound,
-            )
-            self._ready().store(before, action, reward, state.cpu().numpy())
+            before, after = self.last_losses.cpu().numpy(), state.cpu().numpy()
+            action = (self.last_logits / self.bound).cpu().numpy()
+            self._ready().store(before, action, reward, after)
 
     def reward(self, losses: Tensor, present: Tensor) -> float | None:
         """Of the weights of the batch before, if `losses` (T,) came of them; eq. 4.
