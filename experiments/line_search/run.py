@@ -9,7 +9,8 @@ thesis, with the matched latent scale, and verified. The upper bound of the step
 in a training, as in the thesis (there every 10 of 100 epochs).
 
 MultiMNIST in the thesis' geometry (one digit 4 pixels to the left, the other 4 to the right) with
-LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL. DIR holds MNIST/raw and cifar-10-batches-py.
+LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL. DIR holds MNIST/raw and
+cifar-10-batches-py.
 
 Killed and started again, it goes on where it was; finished runs are never repeated.
 """
