@@ -114,6 +114,7 @@ class Depth(Task):
         unit: of the numbers.
         scale: how far from their mean the numbers typically are, in `unit`.
         pooling: of the errors.
+        relative_scale: the relative error of an answer that ignores the input, roughly.
 
     Raises:
         ValueError: a scale not above 0.
@@ -123,12 +124,16 @@ class Depth(Task):
     unit: str = "m"
     scale: float = 1.0
     pooling: Pooling = "pixels"
+    relative_scale: float = 1.0
     kind: ClassVar[str] = "depth"
     pixelwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"task {self.name!r}: scale is {self.scale}; give one above 0.")
+        for name in ("scale", "relative_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"task {self.name!r}: {name} is {getattr(self, name)}; give one above 0."
+                )
 
     @property
     def outputs(self) -> int:
@@ -140,7 +145,7 @@ class Depth(Task):
         """The relative error is a plain number, as in the tables."""
         return (
             Measure("abs error", False, self.unit, scale=self.scale),
-            Measure("rel error", False),
+            Measure("rel error", False, scale=self.relative_scale),
         )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equipoise.lab.data import cache as kept
+from equipoise.lab.data import npy
 from equipoise.lab.data.base import Baseline, Data, DataError
 from equipoise.lab.data.pixels import Augmentation, Read, ReadSplit, Sample
 from equipoise.lab.dense import Depth, Normals, Pooling, Segmentation
@@ -154,11 +154,11 @@ def arrays(folder: Path) -> tuple[Readers, tuple[int, int]]:
     Raises:
         DataError: one is missing, cut off or of another shape; names it.
     """
-    first = _header(folder / "train" / "image" / "0.npy")[0]
+    first = npy.header(folder / "train" / "image" / "0.npy", _again())
     size: tuple[int, int] = first[0], first[1]
     readers: Readers = {}
     for part in PARTS:
-        names = {kind: _numbered(folder / part / kind) for kind in KINDS}
+        names = {kind: npy.numbered(folder / part / kind) for kind in KINDS}
         number = max(map(len, names.values()))
         if not number:
             raise DataError(f"nyuv2: {folder / part / 'image'} has no 0.npy; {_again()}.")
@@ -167,7 +167,7 @@ def arrays(folder: Path) -> tuple[Readers, tuple[int, int]]:
                 path = folder / part / kind / f"{i}.npy"
                 if f"{i}.npy" not in there:
                     raise DataError(f"nyuv2: {path} is missing, of {number}; {_again()}.")
-                _refuse_other_shape(path, _header(path)[0], kind, size)
+                _refuse_other_shape(path, npy.header(path, _again()), kind, size)
         readers[part] = Arrays(folder / part), number
     return readers, size
 
@@ -334,41 +334,6 @@ def _write_down(
         write_json(path, lists)
     except OSError as error:
         kept.notices.warning("%s cannot be kept (%s); going on without it.", path, error)
-
-
-def _numbered(folder: Path) -> set[str]:
-    """The names of the arrays in a folder."""
-    with os.scandir(folder) as entries:
-        return {e.name for e in entries if e.name.endswith(".npy") and e.name[:-4].isdecimal()}
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of an array, whose file is as long as they say.
-
-    Raises:
-        DataError: it is not there, is no array of numbers, or is cut off.
-    """
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(file)
-            start = file.tell()
-            there = os.fstat(file.fileno()).st_size - start
-    except FileNotFoundError:
-        raise DataError(f"nyuv2: {path} is missing; {_again()}.") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, f"is no .npy file ({_line(error)})") from error
-    if dtype.kind not in "fiu":
-        raise _damaged(path, f"holds {dtype}, not numbers")
-    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    if there != needed:
-        raise _damaged(path, f"has {there} bytes of data instead of {needed}")
-    return shape, dtype
 
 
 def _refuse_other_shape(

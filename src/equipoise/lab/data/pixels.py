@@ -30,11 +30,17 @@ class Augmentation:
     Args:
         depths: answers to be divided by the scale.
         normals: answers whose first component changes its sign.
+        nearer: answers to be multiplied by the scale, because they grow with what is nearer:
+            inverse depth, disparity.
+        offsets: answers whose first two components are distances down and to the right, in
+            pixels: multiplied by the scale, and the second changes its sign.
         scales: one of these.
     """
 
     depths: tuple[str, ...] = ()
     normals: tuple[str, ...] = ()
+    nearer: tuple[str, ...] = ()
+    offsets: tuple[str, ...] = ()
     scales: tuple[float, ...] = (1.0, 1.2, 1.5)
 
     def __call__(self, sample: Sample, generator: np.random.Generator) -> Sample:
@@ -56,6 +62,13 @@ class Augmentation:
         varied = {name: part(answer) for name, answer in answers.items()}
         for name in self.depths:
             varied[name] = varied[name] / scale
+        for name in self.nearer:
+            varied[name] = varied[name] * scale
+        for name in self.offsets:
+            down, right, *rest = varied[name]
+            varied[name] = torch.stack(
+                [down * scale, right * (-scale if mirrored else scale), *rest]
+            )
         if mirrored:
             for name in self.normals:
                 first, rest = varied[name][:1], varied[name][1:]
