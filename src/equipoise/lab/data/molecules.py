@@ -82,8 +82,10 @@ def molecules(
         for part in PARTS:
             standardised = (known[chosen[part]] - mean) / scale
             targets[part][target.name] = torch.from_numpy(standardised).float()
-    splits = [Split(graphs.taken(chosen[part]), targets[part]) for part in PARTS]
-    return Data(name, tuple(tasks), *splits, graphs.widths, description, baseline)
+    train, val, test = (Split(graphs.taken(chosen[part]), targets[part]) for part in PARTS)
+    return Data(
+        name, tuple(tasks), train, val, test, graphs.widths, description, baseline=baseline
+    )
 
 
 def refuse_sizes(name: str, limits: Sequence[int | None]) -> None:
