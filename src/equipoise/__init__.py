@@ -31,6 +31,7 @@ from equipoise.combine import Combination
 from equipoise.errors import (
     CombinationError,
     EquipoiseError,
+    MissingExtraError,
     NonFiniteError,
     RecipeError,
     TaskError,
@@ -45,16 +46,19 @@ from equipoise.step_report import StepReport
 from equipoise.trunk import SharedTrunk
 from equipoise.weighting import (
     DWA,
+    DWASI,
     EW,
     FAMO,
     GLS,
     IMTLL,
     RLW,
+    RLWSI,
     SI,
     STCH,
     UW,
     GradNorm,
     IGBv1,
+    IGBv2,
     Weighting,
 )
 
@@ -63,6 +67,7 @@ __version__ = version("equipoise")
 __all__ = [
     "DBMTL",
     "DWA",
+    "DWASI",
     "EDM",
     "EW",
     "FAMO",
@@ -71,6 +76,7 @@ __all__ = [
     "IMTLL",
     "MGDA",
     "RLW",
+    "RLWSI",
     "SI",
     "STCH",
     "UW",
@@ -91,9 +97,11 @@ __all__ = [
     "GradVac",
     "GramAggregator",
     "IGBv1",
+    "IGBv2",
     "LineSearch",
     "MaxNorm",
     "Mean",
+    "MissingExtraError",
     "NashMTL",
     "NonFiniteError",
     "PCGrad",

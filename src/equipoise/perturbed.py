@@ -39,12 +39,10 @@ class FirstLook(NamedTuple):
     Attributes:
         rows: (T', columns of this process) the clean rows.
         direction: (P,) that they gave.
-        heads: the clean gradients of the heads.
     """
 
     rows: Tensor
     direction: Tensor
-    heads: Gradients
 
 
 class SecondLook:
@@ -82,7 +80,7 @@ class SecondLook:
         self.flat: Tensor | None = None  # the flat part, if this step computes it
         self.seeds = (factors * batch.labels.shares).tolist()
         self.heads: list[Group] = []
-        self._keep: Gradients | None = heads if keep else None
+        self.keep = keep
         for parameters in batch.head_parameters.values():
             own, heads = heads[: len(parameters)], heads[len(parameters) :]
             self.heads.append(Group(parameters, own, sharpness.length(parameters, own)))
@@ -104,8 +102,8 @@ class SecondLook:
             NonFiniteError: a gradient at a perturbed point; names the task.
         """
         sharp = self.sharpness
-        if self._keep is not None:
-            self.before = FirstLook(self.rows.filled.clone(), direction.clone(), self._keep)
+        if self.keep:
+            self.before = FirstLook(self.rows.filled.clone(), direction.clone())
         self.length = length([direction])
         held = sharp.held(direction, self.batch.labels.present, self.length)
         if held is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equipoise import call
 from equipoise.errors import CombinationError, RecipeError, nearest
-from equipoise.registry import METHODS, TOKENS, Axis, Method
+from equipoise.registry import METHODS, REFUSED, TOKENS, Axis, Method
 from equipoise.sharpness import TaskSharpness
 from equipoise.step import Step
 from equipoise.trunk import SharedTrunk
@@ -41,6 +41,10 @@ class Stage:
         return self.method.build(
             **self.parameters, **{k: v for k, v in context.items() if k in wanted}
         )
+
+    def heads(self) -> str:
+        """What a Step with this aggregator takes for `heads`."""
+        return self.method.heads(**self.parameters)
 
     def build_sharpness(self) -> TaskSharpness | None:
         """The sharpness that comes with an aggregator in flat regions."""
@@ -81,10 +85,7 @@ class Recipe:
         for part in _split(text):
             stage = _read(part, text)
             if stage.method.axis in stages:
-                raise CombinationError(
-                    f"recipe {text!r}: {stages[stage.method.axis]} and {stage} both answer the "
-                    f"question of {stage.method.axis}; keep one."
-                )
+                raise CombinationError(_both(stages[stage.method.axis], stage, text))
             stages[stage.method.axis] = stage
         if "baseline" in stages and len(stages) > 1:
             other = next(stage for axis, stage in stages.items() if axis != "baseline")
@@ -139,7 +140,7 @@ class Recipe:
         lr: float,
         steps_per_epoch: int,
         *,
-        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         seed: int | None = None,
     ) -> Step:
         """The Step of this recipe.
@@ -150,8 +151,9 @@ class Recipe:
             losses: task name -> callable(output, target).
             lr: learning rate.
             steps_per_epoch: batches in one epoch.
-            optimizer: makes the optimizer from (parameters, lr=lr). None: Adam; plain SGD beside
-                a line search that makes its steps, and then `lr` serves the weighting alone.
+            optimizer: makes the optimizer from (parameters, lr=lr). Beside a line search that makes
+                its steps (`needs_sgd`) plain SGD takes the place of Adam, and `lr` serves the
+                weighting's parameters alone.
             seed: of the stages' private generators; None: from torch's global generator.
 
         Raises:
@@ -170,8 +172,8 @@ class Recipe:
                 context["generator"] = torch.Generator().manual_seed(seed + offset)
             stages.append(stage.build(**context))
         search = None if self.line_search is None else self.line_search.build(**context)
-        if optimizer is None:
-            optimizer = torch.optim.SGD if self.needs_sgd else torch.optim.Adam
+        if self.needs_sgd and optimizer is torch.optim.Adam:
+            optimizer = torch.optim.SGD
         return Step(
             model,
             losses,
@@ -180,6 +182,7 @@ class Recipe:
             self.aggregator.build_sharpness(),
             search,
             level=self.aggregator.method.level,
+            heads=self.aggregator.heads(),
         )
 
     @property
@@ -239,6 +242,9 @@ def _read(part: str, text: str) -> Stage:
     by_plain_name = {_plain(known): method for known, method in TOKENS.items()}
     method = by_plain_name.get(_plain(token))
     if method is None:
+        for refused, why in REFUSED.items():
+            if _plain(token) == _plain(refused):
+                raise RecipeError(f"recipe {text!r}: {why}")
         raise RecipeError(
             f"recipe {text!r}: unknown token {token!r}; {nearest(token, TOKENS, listed=METHODS)}"
         )
@@ -261,6 +267,17 @@ def _read(part: str, text: str) -> Stage:
     except ValueError as error:
         raise RecipeError(f"recipe {text!r}: {error}") from error
     return stage
+
+
+def _both(first: Stage, second: Stage, text: str) -> str:
+    """Why two answers to one question are refused, and what may have been meant."""
+    together = [f"{a.method.token}-{b.method.token}" for a, b in ((first, second), (second, first))]
+    meant = next((f", or use {one}" for one in together if one in TOKENS), "")
+    why = next((f" {REFUSED[one]}" for one in together if one in REFUSED), "")
+    return (
+        f"recipe {text!r}: {first} and {second} both answer the question of "
+        f"{second.method.axis}; keep one{meant}.{why}"
+    )
 
 
 def _plain(token: str) -> str:

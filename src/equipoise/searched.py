@@ -56,6 +56,7 @@ class Search:
         step: whose line search, optimizer and weighting they are.
         batch: after its heads' backward; it has recorded its draws.
         factors: (T',) by which each loss is multiplied.
+        own: gradients of the head parameters, as `Batch.heads_backward` gave them.
         rows: the task gradients of the shared parameters, where there are any.
         look: the second look that made the direction, if one did; it has kept what the first saw.
     """
@@ -65,12 +66,14 @@ class Search:
         step: Step,
         batch: Batch,
         factors: Tensor,
+        own: Gradients,
         rows: Rows | None = None,
         look: SecondLook | None = None,
     ) -> None:
         assert step.line_search is not None
         self.step, self.batch, self.rows = step, batch, rows
         self.first = None if look is None else look.before
+        self.own = own
         self.rule = step.line_search
         self.factors = factors.detach()
         self.before = self.factors * batch.losses
@@ -92,13 +95,15 @@ class Search:
             What was found; how the direction of the trunk that was searched in the end came
             about, and its length.
         """
-        self.own = heads if self.first is None else self.first.heads
         promised = self._promised(heads, self._shared(result, trunk))
-        if self.first is not None and not self.rule.descends(promised):
-            assert self.rows is not None
+        if not self.rule.descends(promised):
+            # By flat regions, or by heads that negative coefficients let climb.
             result.fallback = True
-            trunk, heads = self.rows.per_parameter(self.first.direction), self.first.heads
-            promised = self._promised(heads, result.products)
+            heads = self.own
+            if self.first is not None:
+                assert self.rows is not None
+                trunk = self.rows.per_parameter(self.first.direction)
+            promised = self._promised(heads, self._shared(result, trunk))
         if self.rule.moves == "optimizer":
             found = self._along_optimizer(result, trunk, heads, learned, promised)
         else:
@@ -207,8 +212,12 @@ class Search:
             self.rows = batch.fill(step.buffer(batch))
         result, direction = combine(self.rows, step.rows_aggregator, batch.losses, step.descent)
         trunk = self.rows.per_parameter(direction)
-        assert result.products is not None
+        if step.heads == "weighted":
+            heads = batch.heads_times(self.own, result.coefficients)
         promised = self._promised(heads, result.products, "full")
+        if not self.rule.descends(promised):
+            heads, result.fallback = self.own, True
+            promised = self._promised(heads, result.products, "full")
         found = self._among_parameters([*trunk, *heads], promised)
         found = found._replace(trials=tried.trials + found.trials, verified=False)
         return found, result, trunk

@@ -59,6 +59,9 @@ class Step:
         level: "parameters": the rows are gradients of the shared parameters. "features": of the
             features (MGDA-UB and its kin); the trunk then sees one backward. That is where
             FastBacktracking always works.
+        heads: "own": each head follows the gradient of its own weighted loss. "weighted": times the
+            aggregator's coefficient of its task, as one backward of the sum of coefficient times
+            weighted loss would give it; a negative coefficient lets a head climb.
         clip_norm: bound on the norm of the whole update direction, heads included; None: none.
 
     Raises:
@@ -66,10 +69,9 @@ class Step:
         CombinationError: stages that make no sense together; both are named.
         ValueError: a parameter out of its range.
 
-    Heads always get the gradient of their own weighted loss. The trunk learns through its features
-    alone: a loss that looks at the trunk's parameters directly does not reach them. Under
-    torch.distributed each process calls the step with its part of the batch, and all make the step
-    of the joint batch.
+    The trunk learns through its features alone: a loss that looks at its parameters directly does
+    not reach them. Under torch.distributed each process calls the step with its part of the batch,
+    and all make the step of the joint batch.
 
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
     (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. Memory: T x P numbers,
@@ -87,6 +89,7 @@ class Step:
         line_search: LineSearch | None = None,
         *,
         level: str = "parameters",
+        heads: str = "own",
         clip_norm: float | None = None,
     ) -> None:
         self.model = model
@@ -102,6 +105,7 @@ class Step:
         verify = getattr(line_search, "verify", False)
         self.rows_aggregator: Any = twin(self.aggregator) if verify else None
         self.level = "features" if among_features else level
+        self.heads = heads
         self.clip_norm = clip_norm
         refuse_senseless(self)
         refuse_senseless_search(self)
@@ -139,8 +143,8 @@ class Step:
             sharp = self.sharpness if self.sharpness and self.sharpness.active else None
             again = sharp is not None or self.line_search is not None
             batch = self._forward(inputs, labels, known, again)
-            factors, weights, learned = weigh(self.weighting, batch.losses, labels)
-            heads = batch.heads_backward(factors)
+            factors, weights, learned = weigh(self.weighting, batch.losses, labels, self.optimizer)
+            heads = own = batch.heads_backward(factors)
             rows = look = found = None
 
             if known is not None:
@@ -153,11 +157,12 @@ class Step:
                 rows = batch.fill(self.buffer(batch))
                 result, direction = combine(rows, self.aggregator, batch.losses, self.descent)
                 if sharp:
-                    look = SecondLook(
-                        batch, rows, heads, factors, sharp, self.line_search is not None
-                    )
+                    keep = self.line_search is not None
+                    look = SecondLook(batch, rows, heads, factors, sharp, keep)
                     direction, heads, result.flat = look.along(direction, self.flat_aggregator)
                 trunk = rows.per_parameter(direction)
+            if self.heads == "weighted":
+                heads = batch.heads_times(heads, result.coefficients)
 
             norm = finite_norm(trunk)
             if norm is None or finite_norm(heads) is None:
@@ -165,7 +170,7 @@ class Step:
             if self.line_search is None:
                 update(self, batch, trunk, heads, learned)
             else:
-                search = Search(self, batch, factors, rows, look)
+                search = Search(self, batch, factors, own, rows, look)
                 found, result, norm = search.along(result, trunk, heads, learned)
             report = StepReport.of_present(
                 labels, batch.losses, weights, factors, result, norm, found
@@ -195,7 +200,7 @@ class Step:
         """The error for a gradient that is not finite: names the task, at the price of a replay."""
         before.restore()  # the same dropout masks again
         batch = Batch(self.model, self.losses, inputs, labels, self.ranks)
-        batch.heads_backward(weigh(self.weighting, batch.losses, labels)[0])
+        batch.heads_backward(weigh(self.weighting, batch.losses, labels, self.optimizer)[0])
         task = batch.culprit(heads)
         if task is None:
             return EquipoiseError("each task's gradient is finite, but together they overflow.")

@@ -29,6 +29,9 @@ COMBINED = [
     "imtl-l+imtl",
     "ew+db-mtl(beta=0.5, decay=0.5)",
     "si+max-norm-ub",
+    "igbv2+cagrad",
+    "igbv2+f-nash",
+    "igbv1+mgda(weights_on_all=true)",
     "bls+mgda",
     "bls+pcgrad",
     "bls(rule=head)",
@@ -44,6 +47,8 @@ COMBINED = [
     "famo+fbls(latent_scale=matched)+edm",
     "igbv1+fbls(verify=true)+pcgrad",
     "fbls(latent_scale=batch, objective=sum)+graddrop",
+    "bls+imtl(weights_on_all=true)",
+    "fbls(verify=true)+edm(weights_on_all=true)",
 ]
 RECIPES = [*TOKENS, *COMBINED]
 FIVE = ("v", "w", "x", "y", "z")

@@ -17,7 +17,7 @@ from rich.table import Table
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import diagnose_page, diagnosing, models, options, report
+from equipoise.lab import diagnose_page, diagnosing, models, options, report, schedules
 from equipoise.lab.comparison import (
     Comparison,
     Failure,
@@ -32,6 +32,7 @@ from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.diagnose_settings import MEASURES, Settings
 from equipoise.lab.progress import Display, Throttle
 from equipoise.lab.runs import Run, finished, refuse_another_run, seeded
+from equipoise.lab.summary import Over
 from equipoise.registry import METHODS
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -59,12 +60,21 @@ Model = Annotated[str, typer.Option(help="Network, with options: 'resnet18(width
 Epochs = Annotated[int, typer.Option(help="Passes through the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples in a batch.")]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.")]
+ScheduleText = Annotated[
+    str, typer.Option("--schedule", help="Of the learning rate: 'halve(every=100)'; see list.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Precision = Annotated[str, typer.Option(help="32-true or bf16-mixed.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of one run.")]
 SignOption = Annotated[
     Sign,
     typer.Option(help="Delta_m as improvement in percent (higher is better) or as drop (lower)."),
+]
+
+
+OverOption = Annotated[
+    Over,
+    typer.Option("--over", help="Delta_m is the mean over all metrics, or over the tasks' means."),
 ]
 
 
@@ -92,6 +102,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the initial weights, order and draws.")] = 0,
     batch_size: BatchSize = DEFAULT.batch_size,
     lr: LearningRate = DEFAULT.lr,
+    schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
     threads: Threads = DEFAULT.threads,
@@ -102,7 +113,8 @@ def train(
     """Train one network by one recipe. A killed run goes on when the command is given again."""
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
-        batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
+        batch_size=batch_size, lr=lr, schedule=schedule, device=device, precision=precision,
+        threads=threads,
     )  # fmt: skip
     folder = out or Path("runs", f"{file_name(config.data)}-{run_name(config)}")
     refuse_another_run(config, folder)
@@ -130,11 +142,13 @@ def compare(
     seeds: Seeds = ["0"],  # noqa: B006 - typer copies it
     batch_size: BatchSize = DEFAULT.batch_size,
     lr: LearningRate = DEFAULT.lr,
+    schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
     threads: Threads = DEFAULT.threads,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     sign: SignOption = "improvement",
+    over: OverOption = "metrics",
     out: Annotated[
         Path | None, typer.Option(help="Comparison folder; default runs/compare-DATA.")
     ] = None,
@@ -146,6 +160,7 @@ def compare(
     common = {
         "data": data, "data_root": data_root, "model": model, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "device": device, "precision": precision, "threads": threads,
+        "schedule": schedule,
     }  # fmt: skip
     configs = [
         RunConfig.of(recipe=recipe, seed=seed, **common)
@@ -159,9 +174,9 @@ def compare(
     outcomes = comparison.run(jobs)
     failures = sum(isinstance(outcome, Failure) for outcome in outcomes)
     try:
-        print(comparison.save(outcomes, sign).text())
+        print(comparison.save(outcomes, sign, over).text())
         if failures < len(outcomes):
-            page = report.write(comparison.out, run_folders(comparison.out), sign)
+            page = report.write(comparison.out, run_folders(comparison.out), sign, over)
             print(f"\nThe page with the pictures: {page}")
     except EquipoiseError as error:  # after the training it is no longer wrong use
         complain(str(error))
@@ -175,6 +190,7 @@ def compare(
 def write_report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Comparison or runs.")],
     sign: SignOption = "improvement",
+    over: OverOption = "metrics",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; default: that of the runs.")
     ] = None,
@@ -184,7 +200,7 @@ def write_report(
     together = runs[0] if len(runs) == 1 else Path(os.path.commonpath([r.resolve() for r in runs]))
     target = out or together
     writable(target)
-    print(f"The page: {report.write(target, folders, sign)}")
+    print(f"The page: {report.write(target, folders, sign, over)}")
     return DONE
 
 
@@ -257,7 +273,9 @@ def list_names() -> None:
     for method in METHODS.values():
         names = kinds.setdefault(method.axis, {}).setdefault(method.summary, [])
         names.append(method.token)
-    for kind, registry in (("data", datasets.DATASETS), ("model", models.MODELS)):
+    for kind, registry in (
+        ("data", datasets.DATASETS), ("model", models.MODELS), ("schedule", schedules.SCHEDULES),
+    ):  # fmt: skip
         kinds[kind] = {
             f"{first_line(build)}\n({options.written(build)})": [name]
             for name, build in registry.items()
@@ -273,7 +291,7 @@ def list_names() -> None:
         "A recipe joins one of each axis: igbv1+cagrad. With -ub an aggregation works on the "
         "features instead of the parameters; with f- before it, it seeks flat regions (a-: the "
         "naive way): f-cagrad(rho=0.1). stl trains one network for each task. Options of "
-        "data and model, here with their defaults, go into parentheses: "
+        "data, model and schedule, here with their defaults, go into parentheses: "
         "--data 'multidigits(canvas=24)'."
     )
 

@@ -7,10 +7,11 @@ import pickle
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from equipoise.lab import models
 from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
-from equipoise.lab.evaluation import conflict, evaluate, mean_conflict
+from equipoise.lab.evaluation import Values, conflict, evaluate, improvement, mean_conflict
 from equipoise.lab.files import DamagedError, read_json, replacing, write_json, write_rows
+from equipoise.lab.results import Result, described, upgraded
+from equipoise.lab.schedules import Schedule
 from equipoise.recipe import Recipe
 from equipoise.step import StepReport
 
@@ -32,24 +35,6 @@ Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
 PROBES = 16  # batches on which conflict/probe is measured
-
-
-class Result(TypedDict):
-    """What result.json holds. `val` and `test` are those of the best epoch by `score` on `val`."""
-
-    recipe: str
-    seed: int
-    data: str
-    model: str
-    sizes: dict[str, int]
-    tasks: list[dict[str, Any]]
-    epochs: int
-    best_epoch: int | dict[str, int]
-    val: dict[str, float]
-    test: dict[str, float]
-    train_seconds: float
-    parameters: int
-    finished: str
 
 
 def train(config: RunConfig, folder: str | Path, progress: Progress | None = None) -> Result:
@@ -77,6 +62,7 @@ def train(config: RunConfig, folder: str | Path, progress: Progress | None = Non
         while len(run.rows) < config.epochs:
             trained = run.train_epoch(progress)
             run.rows.append({**trained, **run.validate(), "conflict/probe": run.probe()})
+            run.schedule.step(run.judgement)
             run.save(folder)
         result = run.result()
     write_json(folder / "result.json", result)
@@ -113,6 +99,7 @@ class Run:
         self.step = Recipe.parse(config.recipe).build(
             model, losses, config.lr, self.steps, seed=config.seed
         )
+        self.schedule = Schedule(config.schedule, self.step.optimizer)
         self.model = self.step.model  # for the baseline, one network a task
         self.rows: list[dict[str, Any]] = []
         self.best: list[dict[str, Any]] = []  # one for each group of tasks that share a network
@@ -164,10 +151,8 @@ class Run:
     def validate(self) -> dict[str, Any]:
         """Measure on the validation split, and keep each network that is better than before."""
         losses, values = self.measure(self.data.val)
-        tasks = {task.name: task for task in self.data.tasks}
-        scores = {name: tasks[name].score(value) for name, value in values.items()}
         for i, group in enumerate(self.model.groups):
-            score = mean([scores[name] for name in group])
+            score = self.judge(values, group)
             if i < len(self.best) and (score <= self.best[i]["score"] or np.isnan(score)):
                 continue
             state = {
@@ -178,12 +163,38 @@ class Run:
             self.best[i : i + 1] = [{**kept, "val": {name: values[name] for name in group}}]
         return {
             **{f"loss/val/{name}": loss for name, loss in losses.items()},
-            **{f"{tasks[name].metric_name}/val/{name}": value for name, value in values.items()},
-            "score": mean(list(scores.values())),
+            **{
+                f"{measure}/val/{name}": value
+                for name, found in values.items()
+                for measure, value in found.items()
+            },
+            **self.judgements(values, self.model.tasks),
         }
 
-    def measure(self, split: Split) -> tuple[dict[str, float], dict[str, float]]:
-        """Losses and metrics of the present networks on `split`."""
+    def judgements(self, values: Values, names: Sequence[str]) -> dict[str, float]:
+        """What validation says of some tasks together, as numbers that are higher when better.
+
+        The mean of their scores; and Delta_m in percent, where the data set has published
+        single-task numbers, by which the protocols that have such numbers select.
+        """
+        tasks = [task for task in self.data.tasks if task.name in names]
+        found = {"score": mean([task.score(values[task.name]) for task in tasks])}
+        if self.data.baseline is not None:
+            found["delta_m"] = improvement(tasks, values, self.data.baseline)
+        return found
+
+    def judge(self, values: Values, names: Sequence[str]) -> float:
+        """The one of the `judgements` that decides: the last."""
+        return list(self.judgements(values, names).values())[-1]
+
+    @property
+    def judgement(self) -> float:
+        """Of the last epoch, as a fraction."""
+        row = self.rows[-1]
+        return row["delta_m"] / 100 if "delta_m" in row else row["score"]
+
+    def measure(self, split: Split) -> tuple[dict[str, float], Values]:
+        """Losses and measures of the present networks on `split`."""
         batches = self.batches(split, shuffle_seed=None)
         return evaluate(self.model, self.data.tasks, batches, self.fabric.autocast)
 
@@ -201,7 +212,8 @@ class Run:
         """Write what a resumed run needs, and the table of the epochs."""
         write_rows(folder / "metrics.csv", self.rows)
         with replacing(folder / "checkpoint.ckpt") as file:
-            torch.save({"step": self.step.state_dict(), "rows": self.rows, "best": self.best}, file)
+            state = {"step": self.step.state_dict(), "schedule": self.schedule.state_dict()}
+            torch.save({**state, "rows": self.rows, "best": self.best}, file)
 
     def resume(self, folder: Path) -> None:
         """Go back to the last epoch that was saved in `folder`, if there is one."""
@@ -212,6 +224,7 @@ class Run:
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise DamagedError(path) from error
             self.step.load_state_dict(state["step"])
+            self.schedule.load_state_dict(state.get("schedule", {}))
             self.rows, self.best = state["rows"], state["best"]
 
     def result(self) -> Result:
@@ -226,16 +239,8 @@ class Run:
             "data": self.config.data,
             "model": self.config.model,
             "sizes": {part: len(getattr(self.data, part)) for part in ("train", "val", "test")},
-            "tasks": [
-                {
-                    "name": t.name,
-                    "kind": t.kind,
-                    "metric": t.metric_name,
-                    "higher_is_better": t.higher_is_better,
-                    "unit": t.unit,
-                }
-                for t in self.data.tasks
-            ],  # fmt: skip
+            "tasks": [described(task) for task in self.data.tasks],
+            "baseline": None if self.data.baseline is None else asdict(self.data.baseline),
             "epochs": self.config.epochs,
             "best_epoch": epochs if len(groups) > 1 else groups[0][1]["epoch"],
             "val": {name: value for kept in self.best for name, value in kept["val"].items()},
@@ -249,7 +254,7 @@ class Run:
 def finished(folder: str | Path) -> Result | None:
     """The result of the run in `folder`, if it has come to its end."""
     path = Path(folder) / "result.json"
-    return read_json(path) if path.exists() else None
+    return upgraded(read_json(path)) if path.exists() else None
 
 
 def refuse_another_run(config: RunConfig, folder: str | Path) -> None:
