@@ -1,22 +1,24 @@
 """What balancing losses costs over an epoch of equal weights.
 
-    python benchmarks/weighting.py [--epochs 7] [--rounds 5] [--batches 50] [--threads 1] [--json FILE]
+    python benchmarks/weighting.py [--rounds 5] [--batches 50] [--threads 1] [--json FILE]
 
 LeNet on batches of 256 images of 36 x 36, T = 2. An epoch has 50 batches, so that IGBv2 learns in
 one of them (SAC "once every 50 batches"). The first --epochs epochs are not timed: in the fourth
-its agent begins to learn, from the sixth on its policy is used. Then in each round one epoch of each
-recipe is timed, the recipes by turns, a few batches at a time, so that a machine that slows down
-slows them all; a round gives a ratio to ew for each recipe, and the table shows their median and
-quartiles.
+its agent begins to learn, from the sixth on its policy is used. Then in each round one epoch of
+each recipe is timed, the recipes by turns, a few batches at a time and in an order that rotates, so
+that a machine that slows down slows them all; a round gives a ratio to ew for each recipe, and the
+table shows their median and quartiles.
 
-IGBv2 is measured at the beginning, when the buffer is nearly empty, and with a full buffer, when
-the published schedule makes twice as many gradient steps on twice as many transitions.
+IGBv2 is measured at the beginning, when the buffer is nearly empty, and with a full buffer (a small
+one, which is full by then), when the published schedule makes twice as many gradient steps on twice
+as many transitions: 50 on 256.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +41,11 @@ RECIPES = {
     "MGDA": "mgda",
 }
 PROBLEM = "LeNet, T=2, batch 256"
-CHUNK = 10
+CHUNK = 5
 """Batches in a row of one recipe."""
 
 
-def build(recipe: str, inputs: torch.Tensor, batches: int) -> eq.Step:
+def build(recipe: str, batches: int) -> eq.Step:
     """The step of a recipe on a network of its own."""
     make, n_tasks, _ = PROBLEMS[PROBLEM]
     torch.manual_seed(0)
@@ -52,13 +54,15 @@ def build(recipe: str, inputs: torch.Tensor, batches: int) -> eq.Step:
     return eq.Recipe.parse(recipe).build(model, losses, 1e-3, batches, seed=0)
 
 
-def measure(epochs: int, rounds: int, batches: int) -> list[dict]:
+def measure(
+    recipes: dict[str, str], epochs: int, rounds: int, batches: int, clock: Callable[[], float]
+) -> list[dict]:
     """One row for each recipe."""
     _, n_tasks, shape = PROBLEMS[PROBLEM]
     torch.manual_seed(0)
     inputs = torch.randn(shape)
     targets = {f"task{i}": torch.randint(10, shape[:1]) for i in range(n_tasks)}
-    steps = {name: build(recipe, inputs, batches) for name, recipe in RECIPES.items()}
+    steps = {name: build(recipe, batches) for name, recipe in recipes.items()}
     # What happens in the epochs before is told to the weightings alone: it takes a second.
     for step in steps.values():
         for c in range(epochs * batches):
@@ -68,19 +72,22 @@ def measure(epochs: int, rounds: int, batches: int) -> list[dict]:
                 step.weighting.begin(1e-3)
             step.weighting(losses, present)
         step(inputs, targets)
+    names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         spent = dict.fromkeys(steps, 0.0)
         for start in range(0, batches, CHUNK):
-            for name, step in steps.items():
-                begin = time.perf_counter()
+            turn = start // CHUNK % len(steps)
+            for name in (*names[turn:], *names[:turn]):
+                step = steps[name]
+                begin = clock()
                 for _ in range(min(CHUNK, batches - start)):
                     step(inputs, targets)
-                spent[name] += time.perf_counter() - begin
+                spent[name] += clock() - begin
         for name, time_of_one in spent.items():
             seconds[name].append(time_of_one)
     rows = []
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         ratios = [a / b for a, b in zip(seconds[name], seconds["EW"], strict=True)]
         low, middle, high = quartiles(ratios)
         rows.append(
@@ -103,11 +110,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50, help="batches in an epoch")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--json", default=None, help="write the rows here")
+    parser.add_argument("--only", nargs="+", default=[], choices=RECIPES, help="these, beside EW")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: the process's own seconds"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2: quartiles are shown")
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments.epochs, arguments.rounds, arguments.batches)
+    wanted = {k: v for k, v in RECIPES.items() if k in ("EW", *(arguments.only or RECIPES))}
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    rows = measure(wanted, arguments.epochs, arguments.rounds, arguments.batches, clock)
     print(f"{PROBLEM}, {arguments.batches} batches an epoch, from epoch {arguments.epochs + 1} on")
     print(table(rows))
     settings = {k: v for k, v in vars(arguments).items() if k != "json"}

@@ -11,6 +11,7 @@ from equipoise.lab import options
 from equipoise.lab.data import celeba, cifar, cityscapes, cityscapes_release, multimnist, nyuv2
 from equipoise.lab.data.base import Data, DataError, Split, loader
 from equipoise.lab.data.digits import digits_attributes, multidigits
+from equipoise.lab.data.qm9 import qm9
 from equipoise.lab.data.qm9_lite import qm9_lite
 
 __all__ = ["DATASETS", "Data", "DataError", "Split", "canonical", "load", "loader"]
@@ -22,6 +23,7 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "multifashion": multimnist.multifashion,
     "multifashion-mnist": multimnist.multifashion_mnist,
     "celeba": celeba.celeba,
+    "qm9": qm9,
     "qm9-lite": qm9_lite,
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.lab.data.base import Data, Split
+from equipoise.lab.data.base import Baseline, Data, Split
 from equipoise.lab.data.graphs import Graphs
 from equipoise.lab.tasks import Task
 
@@ -45,20 +45,24 @@ TARGETS = (
 
 def molecules(
     name: str,
-    graphs: Mapping[str, Graphs],
-    values: Mapping[str, Mapping[str, np.ndarray]],
+    graphs: Graphs,
+    values: Mapping[str, np.ndarray],
+    chosen: Mapping[str, np.ndarray],
     standardise: Standardise,
     description: str,
+    baseline: Baseline | None = None,
 ) -> Data:
     """A data set of graphs with standardised targets.
 
     Args:
         name: of the set.
-        graphs: split -> its molecules.
-        values: target -> split -> (N,) values in the unit of `TARGETS`.
-        standardise: the molecules whose mean and standard deviation a target of 0 and 1 stands for:
-            those of the training split, or of all three.
+        graphs: all N molecules.
+        values: target -> (N,) values in the unit of `TARGETS`.
+        chosen: split -> its molecules.
+        standardise: the molecules by whose mean and standard deviation targets are standardised:
+            those of the training split, or all N.
         description: one sentence.
+        baseline: published numbers, if there are any.
 
     Raises:
         ValueError: a target that is the same for all molecules.
@@ -67,21 +71,19 @@ def molecules(
     targets: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for target in TARGETS:
         known = values[target.name]
-        seen = (
-            known["train"] if standardise == "train" else np.concatenate([known[p] for p in PARTS])
-        )
+        seen = known[chosen["train"]] if standardise == "train" else known
         mean, scale = float(seen.mean()), float(seen.std())
         if not scale > 0:
             raise ValueError(
                 f"{name}: {target.name} is {mean:g} {target.unit} in all {len(seen)} molecules by "
-                "which it is standardised; give more of them."
+                "which it is standardised; take more of them."
             )
         tasks.append(Task.regression(target.name, target.unit, mean, scale))
         for part in PARTS:
-            targets[part][target.name] = torch.from_numpy((known[part] - mean) / scale).float()
-    splits = [Split(graphs[part], targets[part]) for part in PARTS]
-    shape = graphs["train"].widths
-    return Data(name, tuple(tasks), *splits, input_shape=shape, description=description)
+            standardised = (known[chosen[part]] - mean) / scale
+            targets[part][target.name] = torch.from_numpy(standardised).float()
+    train, val, test = (Split(graphs.taken(chosen[part]), targets[part]) for part in PARTS)
+    return Data(name, tuple(tasks), train, val, test, graphs.widths, description, baseline=baseline)
 
 
 def refuse_sizes(name: str, limits: Sequence[int | None]) -> None:

@@ -57,7 +57,8 @@ def qm9_lite(
             part of a larger; None: all.
         val: the same of the validation split.
         test: the same of the test split.
-        standardise: by the mean and the standard deviation of the training split, or of all three.
+        standardise: by the mean and the standard deviation of the training split, or of the whole
+            file.
 
     Returns:
         Inputs `Graphs`; targets (N,) float32.
@@ -80,8 +81,9 @@ def qm9_lite(
     values = _values(path, arrays)
     return molecules(
         "qm9-lite",
-        {part: graphs.taken(chosen[part]) for part in PARTS},
-        {name: {part: column[chosen[part]] for part in PARTS} for name, column in values.items()},
+        graphs,
+        values,
+        chosen,
         standardise,
         f"molecules of up to {graphs.nodes.shape[1]} heavy atoms, as graphs without 3-D; "
         f"{len(values)} regressions",
@@ -110,7 +112,7 @@ def read(path: Path) -> Arrays:
         DataError: it is no such file, or damaged; says what is wrong.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != "smiles"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise _damaged(path, f"cannot be read ({error})") from error
