@@ -30,6 +30,7 @@ from equipoise.aggregation import (
 from equipoise.errors import (
     CombinationError,
     EquipoiseError,
+    MissingExtraError,
     NonFiniteError,
     RecipeError,
     TaskError,
@@ -44,16 +45,19 @@ from equipoise.step_report import StepReport
 from equipoise.trunk import SharedTrunk
 from equipoise.weighting import (
     DWA,
+    DWASI,
     EW,
     FAMO,
     GLS,
     IMTLL,
     RLW,
+    RLWSI,
     SI,
     STCH,
     UW,
     GradNorm,
     IGBv1,
+    IGBv2,
     Weighting,
 )
 
@@ -62,6 +66,7 @@ __version__ = version("equipoise")
 __all__ = [
     "DBMTL",
     "DWA",
+    "DWASI",
     "EDM",
     "EW",
     "FAMO",
@@ -70,6 +75,7 @@ __all__ = [
     "IMTLL",
     "MGDA",
     "RLW",
+    "RLWSI",
     "SI",
     "STCH",
     "UW",
@@ -88,8 +94,10 @@ __all__ = [
     "GradVac",
     "GramAggregator",
     "IGBv1",
+    "IGBv2",
     "MaxNorm",
     "Mean",
+    "MissingExtraError",
     "NashMTL",
     "NonFiniteError",
     "PCGrad",

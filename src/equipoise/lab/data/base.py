@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Inputs(Protocol):
 
 Batch = tuple[Any, dict[str, Tensor]]
 """What a model takes, and task name -> (B, ...) targets."""
+IndexedBatch = tuple[Any, dict[str, Tensor], Tensor]
+"""A batch, and (B,) the numbers of its samples in their split."""
 
 
 class DataError(EquipoiseError, ValueError):
@@ -64,6 +66,10 @@ class Split(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def seeded(self, shuffle_seed: int | None) -> Split:
+        """The samples as a pass with that seed has them; a set that varies them overrides this."""
+        return self
+
     def __getitem__(self, index: Tensor | Sequence[int] | int) -> Batch:
         """The batch (B, ...) at several indices, or the one sample (...) at an int."""
         targets = {task: target[index] for task, target in self.targets.items()}
@@ -71,6 +77,20 @@ class Split(Dataset[Batch]):
         if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
             inputs = inputs.float() / 255
         return inputs, targets
+
+
+class Indexed(Dataset[IndexedBatch]):
+    """The samples of `split`, each with its number in it."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: Tensor | Sequence[int] | int) -> IndexedBatch:
+        """Inputs and targets as `split` gives them, and (B,) long, or () at an int: `index`."""
+        return (*self.split[index], torch.as_tensor(index))
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,8 @@ class Data:
         input_shape: shape of one input, (channels, height, width) for images; for graphs the
             numbers of features (of a node, of an edge).
         description: one sentence for `equipoise list` and the report page.
+        groups: name -> tasks that belong together by what is known of the data, to judge a
+            grouping by; nothing is trained with it. Empty where nothing is known.
         baseline: published numbers of single-task training, if there are any.
     """
 
@@ -109,10 +131,25 @@ class Data:
     test: Split
     input_shape: tuple[int, ...]
     description: str
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     baseline: Baseline | None = None
 
 
-def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLoader[Batch]:
+@overload
+def loader(
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle_seed: int | None,
+    with_index: Literal[False] = False,
+) -> DataLoader[Batch]: ...
+@overload
+def loader(
+    split: Split, batch_size: int, *, shuffle_seed: int | None, with_index: Literal[True]
+) -> DataLoader[IndexedBatch]: ...
+def loader(
+    split: Split, batch_size: int, *, shuffle_seed: int | None, with_index: bool = False
+) -> DataLoader[Batch] | DataLoader[IndexedBatch]:
     """Batches of `split`, the last one smaller where the numbers do not divide.
 
     Random numbers come from a generator of the loader's own, so neither making nor using a
@@ -123,8 +160,12 @@ def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLo
         batch_size: samples in a batch.
         shuffle_seed: None: in order. A number: shuffled anew in each pass, and loaders made with
             the same seed go through the same passes. An epoch that must be repeatable by itself
-            (to resume a run there) takes a loader with a seed of its own.
+            (to resume a run there) takes a loader with a seed of its own. A set that varies its
+            training samples does so in shuffled passes only, as the seed says.
+        with_index: False: batches (inputs, targets). True: (inputs, targets, index), where
+            index (B,) long says which samples of `split` they are, 0 to N - 1, whatever the order.
     """
+    split = split.seeded(shuffle_seed)
     generator = torch.Generator().manual_seed(shuffle_seed or 0)
     order = (
         SequentialSampler(split)
@@ -132,4 +173,5 @@ def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLo
         else RandomSampler(split, generator=generator)
     )
     batches = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(split, sampler=batches, batch_size=None, generator=generator)
+    samples: Dataset[Any] = Indexed(split) if with_index else split
+    return DataLoader(samples, sampler=batches, batch_size=None, generator=generator)
