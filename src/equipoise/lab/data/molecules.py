@@ -82,8 +82,17 @@ def molecules(
         for part in PARTS:
             standardised = (known[chosen[part]] - mean) / scale
             targets[part][target.name] = torch.from_numpy(standardised).float()
-    splits = [Split(graphs.taken(chosen[part]), targets[part]) for part in PARTS]
-    return Data(name, tuple(tasks), *splits, graphs.widths, description, baseline)
+    train, val, test = (Split(graphs.taken(chosen[part]), targets[part]) for part in PARTS)
+    return Data(
+        name=name,
+        tasks=tuple(tasks),
+        train=train,
+        val=val,
+        test=test,
+        input_shape=graphs.widths,
+        description=description,
+        baseline=baseline,
+    )
 
 
 def refuse_sizes(name: str, limits: Sequence[int | None]) -> None:
