@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +54,15 @@ def build(recipe: str, batches: int) -> eq.Step:
     return eq.Recipe.parse(recipe).build(model, losses, 1e-3, batches, seed=0)
 
 
-def measure(epochs: int, rounds: int, batches: int) -> list[dict]:
+def measure(
+    recipes: dict[str, str], epochs: int, rounds: int, batches: int, clock: Callable[[], float]
+) -> list[dict]:
     """One row for each recipe."""
     _, n_tasks, shape = PROBLEMS[PROBLEM]
     torch.manual_seed(0)
     inputs = torch.randn(shape)
     targets = {f"task{i}": torch.randint(10, shape[:1]) for i in range(n_tasks)}
-    steps = {name: build(recipe, batches) for name, recipe in RECIPES.items()}
+    steps = {name: build(recipe, batches) for name, recipe in recipes.items()}
     # What happens in the epochs before is told to the weightings alone: it takes a second.
     for step in steps.values():
         for c in range(epochs * batches):
@@ -77,14 +80,14 @@ def measure(epochs: int, rounds: int, batches: int) -> list[dict]:
             turn = start // CHUNK % len(steps)
             for name in (*names[turn:], *names[:turn]):
                 step = steps[name]
-                begin = time.perf_counter()
+                begin = clock()
                 for _ in range(min(CHUNK, batches - start)):
                     step(inputs, targets)
-                spent[name] += time.perf_counter() - begin
+                spent[name] += clock() - begin
         for name, time_of_one in spent.items():
             seconds[name].append(time_of_one)
     rows = []
-    for name, recipe in RECIPES.items():
+    for name, recipe in recipes.items():
         ratios = [a / b for a, b in zip(seconds[name], seconds["EW"], strict=True)]
         low, middle, high = quartiles(ratios)
         rows.append(
@@ -107,11 +110,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=50, help="batches in an epoch")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--json", default=None, help="write the rows here")
+    parser.add_argument("--only", nargs="+", default=[], choices=RECIPES, help="these, beside EW")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="for a busy machine: the process's own seconds"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2: quartiles are shown")
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments.epochs, arguments.rounds, arguments.batches)
+    wanted = {k: v for k, v in RECIPES.items() if k in ("EW", *(arguments.only or RECIPES))}
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    rows = measure(wanted, arguments.epochs, arguments.rounds, arguments.batches, clock)
     print(f"{PROBLEM}, {arguments.batches} batches an epoch, from epoch {arguments.epochs + 1} on")
     print(table(rows))
     settings = {k: v for k, v in vars(arguments).items() if k != "json"}
