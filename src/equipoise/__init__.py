@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from equipoise import aggregation, diagnostics, sharpness, weighting
+from equipoise import aggregation, diagnostics, grouping, sharpness, weighting
 from equipoise.aggregation import (
     DBMTL,
     EDM,
@@ -52,6 +52,7 @@ from equipoise.weighting import (
     SI,
     STCH,
     UW,
+    Fixed,
     GradNorm,
     IGBv1,
     Weighting,
@@ -83,6 +84,7 @@ __all__ = [
     "EquipoiseError",
     "Every",
     "FairGrad",
+    "Fixed",
     "GradDrop",
     "GradNorm",
     "GradVac",
@@ -110,6 +112,7 @@ __all__ = [
     "diagnostics",
     "every",
     "frozen_buffers",
+    "grouping",
     "sharpness",
     "weighting",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equipoise import call
 from equipoise.errors import CombinationError, RecipeError, nearest
-from equipoise.registry import METHODS, TOKENS, Axis, Method
+from equipoise.registry import METHODS, TOKENS, Axis, Method, with_task_weights
 from equipoise.sharpness import TaskSharpness
 from equipoise.step import Step
 from equipoise.trunk import SharedTrunk
@@ -131,6 +131,7 @@ class Recipe:
         *,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         seed: int | None = None,
+        task_weights: Sequence[float] | Tensor | None = None,
     ) -> Step:
         """The Step of this recipe.
 
@@ -142,6 +143,7 @@ class Recipe:
             steps_per_epoch: batches in one epoch.
             optimizer: makes the optimizer from (parameters, lr=lr).
             seed: of the stages' private generators; None: from torch's global generator.
+            task_weights: (T,) constant factors of the weighted losses, see Fixed; None: none.
 
         Raises:
             CombinationError: stages that make no sense together.
@@ -158,6 +160,8 @@ class Recipe:
             if seed is not None:
                 context["generator"] = torch.Generator().manual_seed(seed + offset)
             stages.append(stage.build(**context))
+        if task_weights is not None:
+            stages[0] = with_task_weights(stages[0], task_weights)
         return Step(
             model,
             losses,

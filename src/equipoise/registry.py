@@ -32,7 +32,20 @@ from equipoise.aggregation import (
 )
 from equipoise.rows import works_on_features
 from equipoise.sharpness import TaskSharpness
-from equipoise.weighting import DWA, EW, FAMO, GLS, IMTLL, RLW, SI, STCH, UW, GradNorm, IGBv1
+from equipoise.weighting import (
+    DWA,
+    EW,
+    FAMO,
+    GLS,
+    IMTLL,
+    RLW,
+    SI,
+    STCH,
+    UW,
+    Fixed,
+    GradNorm,
+    IGBv1,
+)
 
 Axis = Literal["weighting", "aggregation", "baseline"]
 
@@ -179,6 +192,11 @@ OF_DEGREE_ONE: dict[str, dict[str, Any]] = {
 def single_task() -> Sum:
     """Single-task learning: one network for each task, the baseline of Delta_m."""
     return Sum()
+
+
+def with_task_weights(weighting: Any, weights: Any) -> Fixed:
+    """A weighting with constant factors (T,) on top."""
+    return Fixed(weights, weighting)
 
 
 def _methods() -> dict[str, Method]:

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.atomic import replacing
 from equipoise.lab import data as datasets
 from equipoise.lab import models
 from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
 from equipoise.lab.evaluation import conflict, evaluate, mean_conflict
-from equipoise.lab.files import DamagedError, read_json, replacing, write_json, write_rows
+from equipoise.lab.files import DamagedError, read_json, write_json, write_rows
 from equipoise.recipe import Recipe
 from equipoise.step import StepReport
 

@@ -50,6 +50,11 @@ class Weighting(_ResizingModule, ABC):
     needs_gram: bool = False
     needs_losses_after: bool = False
 
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Positions of the tasks that take no part in the training, as if they had no labels."""
+        return frozenset()
+
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """The weighted losses.
 
