@@ -165,5 +165,14 @@ def test_a_table_of_results_is_taken_as_it_was_measured(gen_pages: ModuleType) -
     page = gen_pages.expand("Before.\n\n<!-- result: flat-regions accuracy -->\n\nAfter.")
     measured = json.loads((ROOT / "docs/results/flat-regions.json").read_text(encoding="utf-8"))
     assert "\n".join(measured["tables"]["accuracy"]) in page
+    assert "\n| --- | --- |" in page  # a table, line by line
     with pytest.raises(KeyError):
         gen_pages.expand("<!-- result: flat-regions colour -->")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
+def test_every_measured_table_of_a_page_is_one(gen_pages: ModuleType, page: Path) -> None:
+    for mark in gen_pages.MARK.finditer(page.read_text(encoding="utf-8")):
+        if mark[1] == "result":
+            lines = gen_pages.result(mark[2]).splitlines()
+            assert len(lines) > 2 and all(re.fullmatch(r"\|.*\||", line) for line in lines), mark[0]

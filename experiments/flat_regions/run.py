@@ -1,6 +1,6 @@
 """Flat regions on MultiMNIST, MultiFashion and MultiFashion+MNIST: all training runs.
 
-    python experiments/flat_regions/run.py --data-root DIR --out runs/flat_regions
+    python -m experiments.flat_regions.run --data-root DIR --out runs/flat_regions
         [--seeds 0 1 2] [--choose-on 0 1 2] [--jobs 2] [--sets multifashion ...]
 
 A narrow ResNet-18 that can overfit 3,000 training images, and LeNet, which cannot. On the seeds of
@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
-from equipoise.lab.comparison import Comparison, Failure
-from equipoise.lab.config import RunConfig
 from equipoise.recipe import Recipe
+from experiments.common import Experiment, mean
 
 SETS = ("multifashion", "multimnist", "multifashion-mnist")
 SIZES = "train=3000, val=2000, test=10000"
@@ -41,28 +39,10 @@ def recipe(method: str, rho: float, form: str = "") -> str:
     return str(Recipe.parse(text))
 
 
-class Experiment:
-    """One data set and one network: which runs, and in which folder."""
+class Radii(Experiment):
+    """One data set and one network, trained with several radii."""
 
-    def __init__(self, data: str, root: str, out: Path, settings: dict, jobs: int) -> None:
-        self.common = {"data": f"{data}({SIZES})", "data_root": root, **settings}
-        self.out = out
-        self.jobs = jobs
-        self.results: dict[tuple[str, int], dict] = {}
-
-    def train(self, recipes: Sequence[str], seeds: Sequence[int]) -> None:
-        """Make what is missing of recipes x seeds; all that was made stays in the comparison."""
-        wanted = [*self.results, *((r, s) for s in seeds for r in recipes)]
-        configs = [RunConfig.of(recipe=r, seed=s, **self.common) for r, s in dict.fromkeys(wanted)]
-        comparison = Comparison(configs, self.out)
-        outcomes = comparison.run(self.jobs)
-        for (r, s), outcome in zip(dict.fromkeys(wanted), outcomes, strict=True):
-            if isinstance(outcome, Failure):
-                raise SystemExit(f"{self.out}: {r}, seed {s}: {outcome.message}")
-            self.results[r, s] = dict(outcome)
-        comparison.save(outcomes, "improvement")
-
-    def best_radius(self, method: str, seeds: Sequence[int]) -> float:
+    def best(self, method: str, seeds: Sequence[int]) -> float:
         """The radius with the best validation accuracy, mean over tasks and `seeds`."""
         scores = {
             rho: mean(mean(self.results[recipe(method, rho), s]["val"].values()) for s in seeds)
@@ -83,18 +63,19 @@ def main() -> None:
     arguments = parser.parse_args()
     seeds, choosing = arguments.seeds, arguments.choose_on or arguments.seeds
     for data in arguments.sets:
-        run = Experiment(data, arguments.data_root, arguments.out / data, NARROW, arguments.jobs)
+        common = {"data": f"{data}({SIZES})", "data_root": arguments.data_root}
+        run = Radii(arguments.out / data, arguments.jobs, **common, **NARROW)
         more = data in SETS[:2]
         flat = (*FLAT, NAIVE) if more else FLAT
         run.train([recipe(method, rho) for method in flat for rho in RADII], choosing)
-        chosen = {method: run.best_radius(method, choosing) for method in flat}
+        chosen = {method: run.best(method, choosing) for method in flat}
         recipes = [recipe(method, rho) for method, rho in chosen.items()]
         forms = FORMS if data == SETS[0] else HELD if more else ()
         recipes += [recipe(VARIED, chosen[VARIED], form) for form in forms]
         run.train([*PLAIN, *recipes], seeds)
         if data == "multifashion":
             out = arguments.out / f"{data}-lenet"
-            lenet = Experiment(data, arguments.data_root, out, LENET, arguments.jobs)
+            lenet = Radii(out, arguments.jobs, **common, **LENET)
             lenet.train(["pcgrad", *(recipe("f-pcgrad", rho) for rho in RADII)], seeds)
 
 

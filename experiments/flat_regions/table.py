@@ -1,6 +1,6 @@
 """The tables of the flat-regions experiment, from its run folders.
 
-    python experiments/flat_regions/table.py runs/flat_regions --csv FILE --json FILE
+    python -m experiments.flat_regions.table runs/flat_regions --csv FILE --json FILE
 
 Reads result.json, metrics.csv and, where `equipoise diagnose` has been there, diagnostics.json;
 prints Markdown, writes one line a run as CSV and all that the tables say as JSON.
@@ -9,28 +9,21 @@ prints Markdown, writes one line a run as CSV and all that the tables say as JSO
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from run import FLAT, FORMS, NAIVE, RADII, SETS, VARIED, recipe
-from scipy.stats import t as student
 
-from equipoise.lab.files import write_text
 from equipoise.lab.folders import read
+from experiments.common import Runs, interval, mean, save, spread, table, written
+from experiments.flat_regions.run import FLAT, FORMS, NAIVE, RADII, SETS, VARIED, recipe
 
 PLAIN_OF = {method: method.partition("-")[2] for method in FLAT}
 NAMES = {"mgda": "MGDA", "pcgrad": "PCGrad", "cagrad": "CAGrad", "imtl": "IMTL-G"}
 LAST = 3  # epochs, over which conflicts are averaged at the end
-
-Runs = dict[tuple[str, int], dict[str, float]]
-"""(recipe, seed) -> what was measured."""
 
 
 def measured(folder: Path) -> dict[str, float]:
@@ -67,11 +60,6 @@ def measured(folder: Path) -> dict[str, float]:
     return row
 
 
-def mean(values: Iterable[float]) -> float:
-    """The mean."""
-    return float(np.mean(list(values)))
-
-
 def runs_in(folder: Path) -> Runs:
     """All finished runs of a comparison."""
     found: Runs = {}
@@ -79,29 +67,6 @@ def runs_in(folder: Path) -> Runs:
         result = json.loads(path.read_text())
         found[result["recipe"], result["seed"]] = measured(path.parent)
     return found
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and sample standard deviation."""
-    if not values:
-        return "-"
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 percent confidence interval (Student's t)."""
-    middle, n = float(np.mean(differences)), len(differences)
-    if n < 2:
-        return middle, float("nan"), float("nan")
-    half = float(student.ppf(0.975, n - 1) * np.std(differences, ddof=1) / np.sqrt(n))
-    return middle, middle - half, middle + half
-
-
-def written(found: tuple[float, float, float], digits: int = 2) -> str:
-    """An interval as text."""
-    middle, low, high = (f"{x:+.{digits}f}" for x in found)
-    return f"{middle} [{low}, {high}]"
 
 
 class Set:
@@ -139,12 +104,6 @@ class Set:
         """Seed by seed."""
         pairs = zip(self.of(one, column), self.of(other, column), strict=True)
         return [a - b for a, b in pairs]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
 def accuracy(sets: Sequence[Set]) -> str:
@@ -325,29 +284,9 @@ def main() -> None:
     }
     if lenet:
         tables["lenet"] = small(lenet)
-    for title, text in tables.items():
-        print(f"### {title}\n\n{text}")
     everything = {**{s.name: s.runs for s in sets}, "multifashion-lenet": lenet}
-    if arguments.csv:
-        write_text(arguments.csv, as_csv(everything))
-    if arguments.json:
-        chosen = {s.name: s.radius for s in sets}
-        write_text(
-            arguments.json, json.dumps({"radius": chosen, "tables": tables}, indent=1) + "\n"
-        )
-
-
-def as_csv(everything: dict[str, Runs]) -> str:
-    """One line a run."""
-    columns = sorted({c for runs in everything.values() for row in runs.values() for c in row})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["set", "recipe", "seed", *columns])
-    for name, runs in everything.items():
-        for (r, seed), row in sorted(runs.items()):
-            cells = [f"{row[c]:.6g}" if c in row else "" for c in columns]
-            writer.writerow([name, r, seed, *cells])
-    return text.getvalue()
+    chosen = {s.name: s.radius for s in sets}
+    save(tables, everything, arguments.csv, arguments.json, radius=chosen)
 
 
 if __name__ == "__main__":
