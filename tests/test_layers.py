@@ -19,8 +19,11 @@ STAGES = {"weighting", "aggregation", "sharpness", "line_search"}
 MAY_COMBINE_STAGES = {"", "step", "registry"}  # "" is the package's own __init__
 STAGE_FREE = {"gradients", "replay"}
 CORE_IMPORTS = {"torch", "numpy", "scipy", "equipoise"}
-# The one module of the core that may look for something else, and then inside a function only.
-LAZY_IMPORTS = {"diagnostics.reliability": {"torchmetrics"}}
+# The modules of the core that may look for something else, and then inside a function only.
+LAZY_IMPORTS = {
+    "diagnostics.reliability": {"torchmetrics"},
+    "weighting.sac": {"stable_baselines3", "gymnasium"},
+}
 MAY_IMPORT_LAB = {"lab", "__main__"}
 DRIVERS = {"", "step", "recipe", "registry", "combinations", "gradients", "trunk"}
 AUTOGRAD = {"backward", "grad", "vjp", "jvp", "jacrev", "jacfwd"}

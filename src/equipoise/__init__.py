@@ -30,6 +30,7 @@ from equipoise.aggregation import (
 from equipoise.errors import (
     CombinationError,
     EquipoiseError,
+    MissingExtraError,
     NonFiniteError,
     RecipeError,
     TaskError,
@@ -44,17 +45,20 @@ from equipoise.step_report import StepReport
 from equipoise.trunk import SharedTrunk
 from equipoise.weighting import (
     DWA,
+    DWASI,
     EW,
     FAMO,
     GLS,
     IMTLL,
     RLW,
+    RLWSI,
     SI,
     STCH,
     UW,
     Fixed,
     GradNorm,
     IGBv1,
+    IGBv2,
     Weighting,
 )
 
@@ -63,6 +67,7 @@ __version__ = version("equipoise")
 __all__ = [
     "DBMTL",
     "DWA",
+    "DWASI",
     "EDM",
     "EW",
     "FAMO",
@@ -71,6 +76,7 @@ __all__ = [
     "IMTLL",
     "MGDA",
     "RLW",
+    "RLWSI",
     "SI",
     "STCH",
     "UW",
@@ -90,8 +96,10 @@ __all__ = [
     "GradVac",
     "GramAggregator",
     "IGBv1",
+    "IGBv2",
     "MaxNorm",
     "Mean",
+    "MissingExtraError",
     "NashMTL",
     "NonFiniteError",
     "PCGrad",

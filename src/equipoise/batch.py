@@ -186,6 +186,13 @@ class Batch:
         self._sent_back = self.features.sort(found[:cut])
         return self.ranks.sum_gradients(found[cut:], parameters)
 
+    def heads_times(self, heads: Gradients, weights: Tensor | None) -> Gradients:
+        """What `heads_backward` found, that of task k times `weights[k]`."""
+        assert weights is not None
+        per_head = zip(self.head_parameters.values(), weights.tolist(), strict=True)
+        each = [weight for own, weight in per_head for _ in own]
+        return [None if g is None else g * w for g, w in zip(heads, each, strict=True)]
+
     def trunk_backward(self, weights: Tensor) -> Gradients:
         """The trunk's gradients if task k counts `weights[k]`: one backward."""
         return self._below(weighted_sum(self._sent_back, weights[: len(self._sent_back)]))

@@ -31,6 +31,8 @@ def refuse_senseless(step: Step) -> None:
             raise TaskError(task, "has a head but no loss; add it to `losses`.")
     if step.level not in ("parameters", "features"):
         raise ValueError(f"level is {step.level!r}; known are 'parameters' and 'features'.")
+    if step.heads not in ("own", "weighted"):
+        raise ValueError(f"heads is {step.heads!r}; known are 'own' and 'weighted'.")
     if step.clip_norm is not None and not step.clip_norm > 0:
         raise ValueError(f"clip_norm is {step.clip_norm}; it must be positive, or None.")
     name = type(step.aggregator).__name__
@@ -38,6 +40,16 @@ def refuse_senseless(step: Step) -> None:
         raise CombinationError(
             f"level='features' and {name}: the feature level needs an aggregator with "
             "coefficients(gram). Use level='parameters'."
+        )
+    if step.heads == "weighted" and not hasattr(step.aggregator, "coefficients"):
+        raise CombinationError(
+            f"heads='weighted' and {name}: it has no coefficients to multiply the heads by. Use "
+            "heads='own'."
+        )
+    if step.heads == "weighted" and step.sharpness is not None:
+        raise CombinationError(
+            f"heads='weighted' and {type(step.sharpness).__name__}: a step has two sets of "
+            "coefficients then, and heads learn where each task was perturbed. Use heads='own'."
         )
     if step.sharpness is not None:
         _refuse_senseless_sharpness(step, name)

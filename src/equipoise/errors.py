@@ -45,6 +45,22 @@ NOT_FINITE = (
 )
 
 
+class MissingExtraError(EquipoiseError, ImportError):
+    """A method needs a package that comes with an extra only.
+
+    Args:
+        user: what needs it.
+        package: what is needed.
+        extra: with which extra it is installed.
+    """
+
+    def __init__(self, user: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{user} needs {package}, which is not installed: "
+            f'pip install -c constraints.txt "equipoise[{extra}]"'
+        )
+
+
 class RecipeError(EquipoiseError, ValueError):
     """A recipe that cannot be read."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equipoise import call
 from equipoise.errors import CombinationError, RecipeError, nearest
-from equipoise.registry import METHODS, TOKENS, Axis, Method, with_task_weights
+from equipoise.registry import METHODS, REFUSED, TOKENS, Axis, Method, with_task_weights
 from equipoise.sharpness import TaskSharpness
 from equipoise.step import Step
 from equipoise.trunk import SharedTrunk
@@ -41,6 +41,10 @@ class Stage:
         return self.method.build(
             **self.parameters, **{k: v for k, v in context.items() if k in wanted}
         )
+
+    def heads(self) -> str:
+        """What a Step with this aggregator takes for `heads`."""
+        return self.method.heads(**self.parameters)
 
     def build_sharpness(self) -> TaskSharpness | None:
         """The sharpness that comes with an aggregator in flat regions."""
@@ -78,10 +82,7 @@ class Recipe:
         for part in _split(text):
             stage = _read(part, text)
             if stage.method.axis in stages:
-                raise CombinationError(
-                    f"recipe {text!r}: {stages[stage.method.axis]} and {stage} both answer the "
-                    f"question of {stage.method.axis}; keep one."
-                )
+                raise CombinationError(_both(stages[stage.method.axis], stage, text))
             stages[stage.method.axis] = stage
         if "baseline" in stages and len(stages) > 1:
             other = next(stage for axis, stage in stages.items() if axis != "baseline")
@@ -169,6 +170,7 @@ class Recipe:
             *stages,
             self.aggregator.build_sharpness(),
             level=self.aggregator.method.level,
+            heads=self.aggregator.heads(),
         )
 
 
@@ -188,6 +190,8 @@ def _read(part: str, text: str) -> Stage:
     by_plain_name = {_plain(known): method for known, method in TOKENS.items()}
     method = by_plain_name.get(_plain(token))
     if method is None:
+        if _plain(token) in {_plain(refused) for refused in REFUSED}:
+            raise RecipeError(f"recipe {text!r}: {_reason(token)}")
         raise RecipeError(
             f"recipe {text!r}: unknown token {token!r}; {nearest(token, TOKENS, listed=METHODS)}"
         )
@@ -210,6 +214,23 @@ def _read(part: str, text: str) -> Stage:
     except ValueError as error:
         raise RecipeError(f"recipe {text!r}: {error}") from error
     return stage
+
+
+def _both(first: Stage, second: Stage, text: str) -> str:
+    """Why two answers to one question are refused, and what may have been meant."""
+    together = [f"{a.method.token}-{b.method.token}" for a, b in ((first, second), (second, first))]
+    for one in together:
+        if one in REFUSED:
+            return f"recipe {text!r}: {_reason(one)}"
+    meant = next((f", or use {one}" for one in together if one in TOKENS), "")
+    return (
+        f"recipe {text!r}: {first} and {second} both answer the question of "
+        f"{second.method.axis}; keep one{meant}."
+    )
+
+
+def _reason(token: str) -> str:
+    return next(why for refused, why in REFUSED.items() if _plain(refused) == _plain(token))
 
 
 def _plain(token: str) -> str:

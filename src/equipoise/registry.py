@@ -34,17 +34,20 @@ from equipoise.rows import works_on_features
 from equipoise.sharpness import TaskSharpness
 from equipoise.weighting import (
     DWA,
+    DWASI,
     EW,
     FAMO,
     GLS,
     IMTLL,
     RLW,
+    RLWSI,
     SI,
     STCH,
     UW,
     Fixed,
     GradNorm,
     IGBv1,
+    IGBv2,
 )
 
 Axis = Literal["weighting", "aggregation", "baseline"]
@@ -84,7 +87,7 @@ class Method:
         own = {**_defaults(self.factory), **self.usual}
         if self.sharpness is not None:  # its `every` holds the flat part
             return {**own, **self._sharpness_parameters}
-        return {**own, "every": 1} if self._has_coefficients_to_keep else own
+        return {**own, **OF_COEFFICIENTS} if self._has_coefficients_to_keep else own
 
     @property
     def _sharpness_parameters(self) -> dict[str, Any]:
@@ -105,9 +108,14 @@ class Method:
     def build(self, **arguments: Any) -> Any:
         """The stage; an aggregator with `every` above 1 computes its coefficients that rarely."""
         own = {k: v for k, v in arguments.items() if k not in self._sharpness_parameters}
+        own.pop("weights_on_all", None)  # is the Step's
         every = own.pop("every", 1)
         stage = self.factory(**{**self.usual, **own})
         return stage if every == 1 else Every(stage, every)
+
+    def heads(self, **arguments: Any) -> str:
+        """What a Step takes for `heads`."""
+        return "weighted" if arguments.get("weights_on_all") else "own"
 
     def build_sharpness(self, **arguments: Any) -> TaskSharpness | None:
         """The TaskSharpness of an aggregator in flat regions; None for any other method."""
@@ -118,7 +126,7 @@ class Method:
 
     def check(self, name: str, value: Any) -> Any:
         """`value` as the parameter wants it (5 for a float is 5.0), or ValueError."""
-        hints = {"every": int, **get_type_hints(TaskSharpness.__init__)}
+        hints = {"every": int, "weights_on_all": bool, **get_type_hints(TaskSharpness.__init__)}
         hints |= get_type_hints(getattr(self.factory, "__init__", self.factory))
         hint = hints[name]
         if get_origin(hint) is Literal:
@@ -141,6 +149,9 @@ def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+OF_COEFFICIENTS: dict[str, Any] = {"every": 1, "weights_on_all": False}
+"""What can be said of any aggregator whose coefficients come from Gram matrices, in recipes."""
+
 FROM_CONTEXT = ("generator", "steps_per_epoch", "n_tasks")
 """Constructor arguments that come from the training, not from the recipe."""
 
@@ -151,6 +162,9 @@ WEIGHTINGS: dict[str, Callable[..., Any]] = {
     "dwa": DWA,
     "uw": UW,
     "igbv1": IGBv1,
+    "igbv2": IGBv2,
+    "rlw-si": RLWSI,
+    "dwa-si": DWASI,
     "imtl-l": IMTLL,
     "gls": GLS,
     "famo": FAMO,
@@ -179,6 +193,13 @@ AGGREGATORS: dict[str, Callable[..., Any]] = {
 }
 BESIDE: dict[str, str] = {"db-mtl": "si"}
 """Aggregators of methods that also say how losses are weighted."""
+
+REFUSED: dict[str, str] = {
+    "uw-si": "UW on the scale-invariant objective falls without end wherever a loss is below 1: "
+    "(exp(-s) ln L + s) / 2 goes to minus infinity with s. Use si, which is what UW comes to where "
+    "its s is best."
+}
+"""What somebody may ask for that has no sense, with the reason."""
 
 DECOMPOSED = {"decompose": True}
 NAIVE = {"decompose": False, "every": 1}

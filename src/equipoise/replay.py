@@ -8,7 +8,7 @@ records both, repeats the former and protects the latter.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -136,9 +136,16 @@ def unchanged_on_error(
     """
     random = RandomState(devices)
     buffers = copy_of_buffers(model)
-    states = [(s, deepcopy(s.state_dict())) for s in stages if hasattr(s, "load_state_dict")]
+    stages = list(stages)
+    # A stage whose state is too large to be copied in each step looks after itself.
+    own = [s for s in stages if hasattr(s, "unchanged_on_error")]
+    copied = [s for s in stages if s not in own and hasattr(s, "load_state_dict")]
+    states = [(s, deepcopy(s.state_dict())) for s in copied]
     try:
-        yield random
+        with ExitStack() as guards:
+            for stage in own:
+                guards.enter_context(stage.unchanged_on_error())
+            yield random
     except BaseException:
         put_back(buffers)
         for stage, state in states:

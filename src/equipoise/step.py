@@ -50,6 +50,9 @@ class Step:
             have an aggregator of their own, a copy. None: from where the parameters are.
         level: "parameters": the rows are gradients of the shared parameters. "features": of the
             features (MGDA-UB and its kin); the trunk then sees one backward.
+        heads: "own": each head follows the gradient of its own weighted loss. "weighted": times the
+            aggregator's coefficient of its task, as one backward of the sum of coefficient times
+            weighted loss would give it; a negative coefficient lets a head climb.
         clip_norm: bound on the norm of the whole update direction, heads included; None: none.
 
     Raises:
@@ -57,7 +60,7 @@ class Step:
         CombinationError: stages that make no sense together; both are named.
         ValueError: a parameter out of its range.
 
-    Heads always get the gradient of their own weighted loss. The trunk learns through its features
+    The trunk learns through its features
     alone: a loss that looks at the trunk's parameters directly does not reach them. Under
     torch.distributed each process calls the step with its part of the batch, and all make the step
     of the joint batch.
@@ -77,6 +80,7 @@ class Step:
         sharpness: TaskSharpness | None = None,
         *,
         level: str = "parameters",
+        heads: str = "own",
         clip_norm: float | None = None,
     ) -> None:
         self.model = model
@@ -87,6 +91,7 @@ class Step:
         self.sharpness = sharpness
         self.flat_aggregator: Any = None if sharpness is None else twin(self.aggregator)
         self.level = level
+        self.heads = heads
         self.clip_norm = clip_norm
         refuse_senseless(self)
         self.ranks = Ranks()
@@ -122,7 +127,7 @@ class Step:
             known = self._known(labels)
             sharp = self.sharpness if self.sharpness and self.sharpness.active else None
             batch = self._forward(inputs, labels, known, sharp is not None)
-            factors, weights, learned = weigh(self.weighting, batch.losses, labels)
+            factors, weights, learned = weigh(self.weighting, batch.losses, labels, self.optimizer)
             heads = batch.heads_backward(factors)
             look = None
 
@@ -138,6 +143,8 @@ class Step:
                     look = SecondLook(batch, rows, heads, factors, sharp)
                     direction, heads, result.flat = look.along(direction, self.flat_aggregator)
                 trunk = rows.per_parameter(direction)
+            if self.heads == "weighted":
+                heads = batch.heads_times(heads, result.coefficients)
 
             norm = finite_norm(trunk)
             if norm is None or finite_norm(heads) is None:
@@ -169,7 +176,7 @@ class Step:
         """The error for a gradient that is not finite: names the task, at the price of a replay."""
         before.restore()  # the same dropout masks again
         batch = Batch(self.model, self.losses, inputs, labels, self.ranks)
-        batch.heads_backward(weigh(self.weighting, batch.losses, labels)[0])
+        batch.heads_backward(weigh(self.weighting, batch.losses, labels, self.optimizer)[0])
         task = batch.culprit(heads)
         if task is None:
             return EquipoiseError("each task's gradient is finite, but together they overflow.")

@@ -14,7 +14,9 @@ from equipoise.labels import Labels
 from equipoise.weighting import Weighting
 
 
-def weigh(weighting: Any, losses: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Gradients]:
+def weigh(
+    weighting: Any, losses: Tensor, labels: Labels, optimizer: torch.optim.Optimizer
+) -> tuple[Tensor, Tensor, Gradients]:
     """Gradient factors (T',) of the losses, weights (T',), gradients of the weighting itself.
 
     The weighting sees the losses as numbers; the derivative of what it makes of them is all that
@@ -24,6 +26,7 @@ def weigh(weighting: Any, losses: Tensor, labels: Labels) -> tuple[Tensor, Tenso
         weighting: a Weighting, or any callable from losses (T',) to weighted losses (T',).
         losses: (T',) of the present tasks.
         labels: which tasks are present.
+        optimizer: whose learning rate a weighting hears that declares to need it.
 
     Raises:
         TaskError: the weighting refuses a loss, or gives a weight that is not finite.
@@ -31,6 +34,8 @@ def weigh(weighting: Any, losses: Tensor, labels: Labels) -> tuple[Tensor, Tenso
     """
     losses = losses.clone().requires_grad_()
     if isinstance(weighting, Weighting):
+        if weighting.needs_lr:
+            weighting.begin(float(optimizer.param_groups[0]["lr"]))
         present = labels.present
         full = losses.new_full(present.shape, torch.nan).masked_scatter(present, losses)
         try:

@@ -29,6 +29,9 @@ COMBINED = [
     "imtl-l+imtl",
     "ew+db-mtl(beta=0.5, decay=0.5)",
     "si+max-norm-ub",
+    "igbv2+cagrad",
+    "igbv2+f-nash",
+    "igbv1+mgda(weights_on_all=true)",
 ]
 RECIPES = [*TOKENS, *COMBINED]
 FIVE = ("v", "w", "x", "y", "z")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.errors import TaskError
-from equipoise.weighting import DWA, EW, RLW, SI, UW, IGBv1
+from equipoise.weighting import DWA, DWASI, EW, RLW, RLWSI, SI, UW, IGBv1, IGBv2
 
 TASKS = 4
 Make = Callable[[], torch.nn.Module]
@@ -24,10 +24,26 @@ MAKERS: dict[str, Make] = {
     "uw": lambda: UW(n_tasks=TASKS),
     "igbv1": lambda: IGBv1(steps_per_epoch=2),
     "igbv1(cap)": lambda: IGBv1(steps_per_epoch=2, cap=1.5),
+    "rlw-si": RLWSI,
+    "dwa-si": lambda: DWASI(steps_per_epoch=2),
+    "igbv2": lambda: IGBv2(steps_per_epoch=1, n_tasks=TASKS),
+    "igbv2(learning)": lambda: IGBv2(
+        1,
+        TASKS,
+        cap=1.5,
+        learn_epoch=3,
+        use_epoch=3,
+        update_every=2,
+        gradient_steps=2,
+        batch_size=4,
+        width=4,
+        buffer_size=5,
+    ),
 }
 every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 balanced = pytest.mark.parametrize(
-    "make", [MAKERS[name] for name in ("ew", "si", "rlw", "dwa", "igbv1")]
+    "make",
+    [MAKERS[name] for name in ("ew", "si", "rlw", "dwa", "igbv1", "rlw-si", "dwa-si", "igbv2")],
 )
 LOSSES = st.lists(st.floats(1e-3, 1e3), min_size=TASKS, max_size=TASKS)
 WARM_UP = torch.tensor(
@@ -101,7 +117,7 @@ def test_weights_sum_to_the_number_of_tasks(make: Make, losses: list[float]) -> 
 
 
 @given(LOSSES, st.permutations(range(TASKS)))
-@pytest.mark.parametrize("name", ["ew", "si", "dwa", "igbv1"])
+@pytest.mark.parametrize("name", ["ew", "si", "dwa", "igbv1", "dwa-si"])
 def test_permuting_the_tasks_permutes_the_weights(
     name: str, losses: list[float], order: list[int]
 ) -> None:
@@ -113,7 +129,7 @@ def test_permuting_the_tasks_permutes_the_weights(
 
 
 @given(st.floats(1e-6, 1e6))
-@pytest.mark.parametrize("name", ["si", "dwa", "igbv1"])
+@pytest.mark.parametrize("name", ["si", "dwa", "igbv1", "dwa-si"])
 def test_the_unit_of_a_loss_does_not_matter(name: str, unit: float) -> None:
     # L -> c L for one task: DWA and IGBv1 see ratios only, SI subtracts a constant.
     units = torch.tensor([1.0, unit, 1.0, 1.0], dtype=torch.float64)

@@ -42,6 +42,7 @@ class Weighting(_ResizingModule, ABC):
             forms them, whatever its aggregator.
         needs_losses_after: whether `observe` wants the losses after the update, which cost one
             more forward pass.
+        needs_lr: whether it wants to know the learning rate, by `begin`.
     """
 
     weights: Tensor
@@ -49,6 +50,14 @@ class Weighting(_ResizingModule, ABC):
     n_tasks: int | None = None
     needs_gram: bool = False
     needs_losses_after: bool = False
+    needs_lr: bool = False
+
+    def begin(self, lr: float) -> None:
+        """Hear the learning rate of the coming step, before the call.
+
+        A Step calls it, with that of the optimizer's first group, if the need is declared; so does
+        a loop of one's own.
+        """
 
     @property
     def left_out(self) -> frozenset[int]:

@@ -49,6 +49,7 @@ class Fixed(Weighting):
         self.lr = self.inside.lr
         self.needs_gram = self.inside.needs_gram
         self.needs_losses_after = self.inside.needs_losses_after
+        self.needs_lr = self.inside.needs_lr
 
     @property
     def left_out(self) -> frozenset[int]:
@@ -62,6 +63,10 @@ class Fixed(Weighting):
         if generator is None:
             raise AttributeError(f"{type(self.inside).__name__} draws nothing.")
         return generator
+
+    def begin(self, lr: float) -> None:
+        """Tell the inner weighting."""
+        self.inside.begin(lr)
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:
         """Factors times the weighted losses of the inner weighting."""

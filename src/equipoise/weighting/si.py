@@ -29,6 +29,9 @@ class SI(Weighting):
 
     def __init__(self, cap: float | None = None) -> None:
         super().__init__()
+        self._set_cap(cap)
+
+    def _set_cap(self, cap: float | None) -> None:
         if cap is not None and not cap > 0:
             raise ValueError(f"cap is {cap}; give a positive bound, or None for no bound.")
         self.cap = cap
