@@ -31,8 +31,11 @@ def measured(folder: Path) -> dict[str, float]:
     run = read(folder)
     assert run.result is not None
     test, val = run.result["test"], run.result["val"]
-    row = {f"test {task}": 100 * value for task, value in test.items()}
-    row |= {"test": 100 * mean(test.values()), "val": 100 * mean(val.values())}
+    right, val_right = (
+        {task: 100 * found["accuracy"] for task, found in split.items()} for split in (test, val)
+    )
+    row = {f"test {task}": value for task, value in right.items()}
+    row |= {"test": mean(right.values()), "val": mean(val_right.values())}
     row["seconds"] = run.result["train_seconds"]
     losses = [run.history[f"loss/train/{task}"][-1] for task in test]
     row["training loss at the end"] = mean(losses)

@@ -288,6 +288,23 @@ def test_without_a_place_to_keep_them_images_are_decoded_on_demand(root, tmp_pat
     assert "cannot be kept" in caplog.text
 
 
+def test_positive_samples_can_count_by_their_rarity_in_training(root):
+    assert {task.pos_weight for task in load(QUICK, root).tasks} == {1.0}
+    change(ATTR, "000001.jpg -1 -1 -1 -1", "000001.jpg -1 -1 -1 1")(root)  # one who is young
+    data = load("celeba(size=8, pos_weight=exact, metric=f1)", root)
+    train = [truth(i) for i, part in enumerate(PARTITION) if part == 0]
+    train[0][3] = 1
+    for k, task in enumerate(data.tasks):
+        positive = sum(row[k] for row in train)
+        assert task.pos_weight == pytest.approx((len(train) - positive) / positive)
+        assert [measure.name for measure in task.measures] == ["f1"]
+
+
+def test_an_attribute_that_nobody_has_in_training_has_no_weight(root):
+    with pytest.raises(ValueError, match="'Young': 0 of the 6 training samples are positive"):
+        load("celeba(size=8, pos_weight=exact)", root)
+
+
 def test_a_network_for_forty_names(root):
     data = load(QUICK, root)
     outputs = build("resnet18(width=1)", data)(everything(data.train)[0])

@@ -8,8 +8,7 @@ import stat
 
 import pytest
 
-from equipoise.atomic import replacing
-from equipoise.lab.files import read_json, write_json, write_rows, write_text
+from equipoise.lab.files import read_json, replacing, write_json, write_rows, write_text
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -79,12 +79,14 @@ def test_without_partners_looks_are_as_ever() -> None:
 def result(recipe: str, seed: int, left: float, size: float = 1.0) -> dict:
     metrics = {"left": "accuracy", "right": "accuracy", "size": "mae"}
     tasks = [
-        {"name": name, "kind": "", "metric": metric, "higher_is_better": True, "unit": ""}
-        for name, metric in metrics.items()
-    ]
+        {"name": name, "kind": "", "measures": [
+            {"name": measure, "higher_is_better": True, "unit": "", "share": True}]}
+        for name, measure in metrics.items()
+    ]  # fmt: skip
+    values = {"left": left, "right": 0.5, "size": size}
     return {"recipe": recipe, "seed": seed, "data": "d", "model": "m", "epochs": 1,
-            "test": {"left": left, "right": 0.5, "size": size}, "tasks": tasks,
-            "train_seconds": 1.0}  # fmt: skip
+            "test": {name: {metrics[name]: value} for name, value in values.items()},
+            "tasks": tasks, "train_seconds": 1.0}  # fmt: skip
 
 
 def test_differences_are_paired_by_seed_and_of_accuracy_alone() -> None:

@@ -48,7 +48,7 @@ def make_run(
             row[f"coefficient/{task}"] = None if recipe == "stl" else 1.0
         row |= {"conflict/steps": None, "conflict/probe": 50.0, "score": 0.5}
         rows.append(row)
-    last = {task: rows[-1][f"{metric[task]}/val/{task}"] for task in tasks}
+    last = {task: {metric[task]: rows[-1][f"{metric[task]}/val/{task}"]} for task in tasks}
     write_json(folder / "config.json", config)
     write_rows(folder / "metrics.csv", rows)
     packages = {"torch": "2.13.0", "equipoise": "0.1.0"}
@@ -60,7 +60,8 @@ def make_run(
             "best_epoch": dict.fromkeys(tasks, 3) if recipe == "stl" else 3,
             "tasks": [
                 {"name": task, "kind": "regression" if task == "size" else "classification",
-                 "metric": metric[task], "higher_is_better": task != "size", "unit": ""}
+                 "measures": [{"name": metric[task], "higher_is_better": task != "size",
+                               "unit": "", "share": task != "size"}]}
                 for task in tasks
             ],
             "val": last, "test": last, "train_seconds": float(epochs), "finished": "",
@@ -290,7 +291,9 @@ def test_damaged_runs(run: Path, name: str, content: str | None, message: str) -
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tasks", [{"name": "left"}]), ("test", {"left": "high"}), ("val", 3), ("parameters", None),
+    [("tasks", [{"name": "left"}]), ("test", {"left": {"accuracy": "high"}}), ("test", {"left": 3}),
+     ("tasks", [{"name": "left", "kind": "", "measures": [{"name": "accuracy"}]}]),
+     ("val", 3), ("parameters", None),
      ("sizes", {"train": 5, "val": 5}), ("sizes", {"train": 5, "val": 5, "test": "x"}),
      ("sizes", 3)],
 )  # fmt: skip

@@ -12,18 +12,22 @@ from typing import Any
 import pytest
 
 from equipoise.errors import EquipoiseError
+from equipoise.lab.results import upgraded
 from equipoise.lab.summary import Spread
 from equipoise.lab.table import summarise
 
-LEFT = {"name": "left", "kind": "classification", "metric": "accuracy", "unit": ""}
-SIZE = {"name": "size", "kind": "regression", "metric": "mae", "unit": "px"}
-TASKS = [{**LEFT, "higher_is_better": True}, {**SIZE, "higher_is_better": False}]
+ACCURACY = {"name": "accuracy", "higher_is_better": True, "unit": "", "share": True}
+MAE = {"name": "mae", "higher_is_better": False, "unit": "px", "share": False}
+LEFT = {"name": "left", "kind": "classification", "measures": [ACCURACY]}
+SIZE = {"name": "size", "kind": "regression", "measures": [MAE]}
+TASKS = [LEFT, SIZE]
 
 
 def result(recipe: str, seed: int, left: float, size: float, seconds: float, **more: Any) -> dict:
     return {
         "recipe": recipe, "seed": seed, "data": "digits", "model": "lenet", "tasks": TASKS,
-        "epochs": 3, "best_epoch": 2, "val": {}, "test": {"left": left, "size": size},
+        "epochs": 3, "best_epoch": 2, "val": {},
+        "test": {"left": {"accuracy": left}, "size": {"mae": size}},
         "train_seconds": seconds, "parameters": 10, "finished": "", **more,
     }  # fmt: skip
 
@@ -79,8 +83,8 @@ def test_no_negative_zero() -> None:
 def test_numbers_by_hand(results: list[dict]) -> None:
     summary = summarise(results).summary
     ew, mgda, stl = summary.rows
-    assert ew.metrics["left"].mean == pytest.approx(0.75)
-    assert ew.metrics["left"].std == pytest.approx(statistics.stdev([0.7, 0.8]))
+    assert ew.metrics["left"]["accuracy"].mean == pytest.approx(0.75)
+    assert ew.metrics["left"]["accuracy"].std == pytest.approx(statistics.stdev([0.7, 0.8]))
     # stl: 0.8 and 2.5, mean over its seeds; mgda: 0.5 and 1.0, then 0.62 and 1.2.
     first = (100 * (0.5 - 0.8) / 0.8 - 100 * (1.0 - 2.5) / 2.5) / 2
     second = (100 * (0.62 - 0.8) / 0.8 - 100 * (1.2 - 2.5) / 2.5) / 2
@@ -128,7 +132,7 @@ def test_one_seed_has_no_spread(results: list[dict]) -> None:
     table = summarise(results[::2])
     assert "±" not in table.text()
     assert "seed 0 alone" in table.text()
-    assert json.loads(table.json())["rows"][0]["test"]["left"]["std"] is None
+    assert json.loads(table.json())["rows"][0]["test"]["left"]["accuracy"]["std"] is None
 
 
 def test_without_stl_and_ew_a_dash_and_a_note(results: list[dict]) -> None:
@@ -149,7 +153,7 @@ def test_failed_runs_are_shown_as_failed(results: list[dict]) -> None:
     assert cells(text, "ew")[-1] == "2 of 3"
     assert "cagrad, seed 0: task 'left': loss is nan." in text
     assert "ew, seed 2: not finished" in text
-    assert table.summary.rows[0].metrics["left"].mean == pytest.approx(0.75)
+    assert table.summary.rows[0].metrics["left"]["accuracy"].mean == pytest.approx(0.75)
 
 
 def test_nothing_but_failures() -> None:
@@ -161,7 +165,7 @@ def test_nothing_but_failures() -> None:
 
 def test_a_task_without_test_labels_is_left_out(results: list[dict]) -> None:
     for bad in results[:2]:
-        bad["test"] = {"left": bad["test"]["left"], "size": float("nan")}
+        bad["test"] = {"left": bad["test"]["left"], "size": {"mae": float("nan")}}
     table = summarise(results)
     assert cells(table.text(), "ew")[2] == "–"
     row = table.summary.rows[0]
@@ -171,17 +175,17 @@ def test_a_task_without_test_labels_is_left_out(results: list[dict]) -> None:
 
 
 def test_a_delta_over_fewer_tasks_is_said(results: list[dict]) -> None:
-    results[0]["test"] = {"left": 0.7, "size": float("nan")}
+    results[0]["test"] = {"left": {"accuracy": 0.7}, "size": {"mae": float("nan")}}
     notes = " ".join(summarise(results).summary.notes)
     assert "ew has no test value of size" in notes
 
 
 def test_a_baseline_of_zero_has_no_delta(results: list[dict]) -> None:
     for single in results[4:]:
-        single["test"]["size"] = 0.0
+        single["test"]["size"]["mae"] = 0.0
     text = summarise(results).text()
     assert cells(text, "mgda")[3] == "–"
-    assert "Δm is not defined: baseline['size'] is 0" in text
+    assert "Δm is not defined: baseline['size mae'] is 0" in text
 
 
 def test_markdown(results: list[dict]) -> None:
@@ -195,8 +199,8 @@ def test_markdown(results: list[dict]) -> None:
 
 
 def test_csv_has_all_digits(results: list[dict]) -> None:
-    results[0]["test"]["left"] = 1 / 3
-    results[1]["test"]["left"] = 2 / 7
+    results[0]["test"]["left"]["accuracy"] = 1 / 3
+    results[1]["test"]["left"]["accuracy"] = 2 / 7
     rows = list(csv.DictReader(io.StringIO(summarise(results).csv())))
     assert [row["recipe"] for row in rows] == ["ew", "mgda", "stl"]
     assert float(rows[0]["accuracy/test/left/mean"]) == statistics.fmean([1 / 3, 2 / 7])
@@ -208,7 +212,7 @@ def test_csv_has_all_digits(results: list[dict]) -> None:
 def test_json_holds_every_seed(results: list[dict]) -> None:
     found = json.loads(summarise(results, sign="drop").json())
     assert found["sign"] == "drop"
-    assert found["rows"][1]["test"]["size"]["values"] == [1.0, 1.2]
+    assert found["rows"][1]["test"]["size"]["mae"]["values"] == [1.0, 1.2]
     assert found["rows"][1]["seeds"] == [0, 1]
 
 
@@ -224,7 +228,10 @@ def test_different_lengths_are_said(results: list[dict]) -> None:
         (lambda r: r.append(r[0]), "ew with seed 0 is there twice"),
         (lambda r: r[3].update(data="faces"), "one data, but ew has digits and mgda has faces"),
         (lambda r: r[3].update(model="resnet"), "one model, but ew has lenet and mgda has resnet"),
-        (lambda r: r[3].update(tasks=TASKS[:1]), "ew has left, size and mgda has left."),
+        (
+            lambda r: r[3].update(tasks=TASKS[:1]),
+            r"ew has left \(accuracy\), size \(mae\) and mgda has left \(accuracy\).",
+        ),
     ],
 )
 def test_what_is_refused(results: list[dict], change: Any, message: str) -> None:
@@ -239,8 +246,8 @@ def test_an_unknown_sign_is_refused(results: list[dict]) -> None:
 
 
 def test_many_tasks_come_last_and_wide_tables_go_on_below() -> None:
-    tasks = [{**LEFT, "name": f"attribute {i}", "higher_is_better": True} for i in range(12)]
-    test = {task["name"]: 0.5 + 0.01 * i for i, task in enumerate(tasks)}
+    tasks = [{**LEFT, "name": f"attribute {i}"} for i in range(12)]
+    test = {task["name"]: {"accuracy": 0.5 + 0.01 * i} for i, task in enumerate(tasks)}
     table = summarise(
         [result(recipe, 0, 0, 0, 1, tasks=tasks, test=test) for recipe in ("ew", "stl")]
         + [{"recipe": "mgda", "seed": 0}]
@@ -256,3 +263,84 @@ def test_many_tasks_come_last_and_wide_tables_go_on_below() -> None:
         assert [line.split()[0] for line in part.splitlines()[-3:]] == ["ew", "stl", "mgda"]
     assert text.count("attribute ") == 12
     assert cells(text, "mgda")[1] == "failed"
+
+
+DENSE = [
+    {"name": "segmentation", "kind": "segmentation", "measures": [
+        {"name": "mIoU", "higher_is_better": True, "unit": "", "share": True},
+        {"name": "pixel accuracy", "higher_is_better": True, "unit": "", "share": True}]},
+    {"name": "depth", "kind": "depth", "measures": [
+        {"name": "abs error", "higher_is_better": False, "unit": "m", "share": False}]},
+]  # fmt: skip
+
+
+def dense(recipe: str, iou: float, right: float, depth: float, **more: Any) -> dict:
+    test = {"segmentation": {"mIoU": iou, "pixel accuracy": right}, "depth": {"abs error": depth}}
+    return result(recipe, 0, 0, 0, 1, tasks=DENSE, test=test, **more)
+
+
+@pytest.mark.parametrize(
+    ("over", "delta", "words"),
+    # mIoU 25 % better, pixel accuracy 10 % worse, depth 20 % better.
+    [("metrics", (25 - 10 + 20) / 3, "over all 3 metrics"),
+     ("tasks", (7.5 + 20) / 2, "over the means of the tasks")],
+)  # fmt: skip
+def test_several_metrics_of_a_task(over: Any, delta: float, words: str) -> None:
+    runs = [dense("ew", 0.5, 0.54, 0.4), dense("stl", 0.4, 0.6, 0.5)]
+    table = summarise(runs, over=over)
+    found = table.summary.rows[0].delta_m
+    assert found is not None and found.mean == pytest.approx(delta)
+    assert words in " ".join(table.text().split())
+    assert [column.heading for column in table.columns()[1:4]] == [
+        ("segmentation", "mIoU (%) ↑"),
+        ("segmentation", "pixel accuracy (%) ↑"),
+        ("depth", "abs error (m) ↓"),
+    ]
+    (first, *_) = csv.DictReader(io.StringIO(table.csv()))
+    assert float(first["pixel accuracy/test/segmentation/mean"]) == 0.54
+    assert json.loads(table.json())["rows"][0]["test"]["segmentation"]["mIoU"]["values"] == [0.5]
+
+
+def test_a_metric_without_a_number_is_named(results: list[dict]) -> None:
+    table = summarise([dense("ew", 0.5, math.nan, 0.4), dense("stl", 0.4, 0.6, 0.5)])
+    assert "ew has no test value of segmentation: pixel accuracy; its Δm" in table.text()
+    found = table.summary.rows[0].delta_m
+    assert found is not None and found.mean == pytest.approx((25 + 20) / 2)
+
+
+def test_a_published_baseline_stands_in_for_runs_and_is_named() -> None:
+    values = {"segmentation": {"mIoU": 0.4, "pixel accuracy": 0.6}, "depth": {"abs error": 0.5}}
+    baseline = {"source": "an old table", "values": values}
+    table = summarise([dense("ew", 0.5, 0.54, 0.4, baseline=baseline)])
+    found = table.summary.rows[0].delta_m
+    assert found is not None and found.mean == pytest.approx((25 - 10 + 20) / 3)
+    assert "Δm is against numbers of an old table" in table.text()
+    own = [dense("ew", 0.5, 0.54, 0.4, baseline=baseline), dense("stl", 0.5, 0.54, 0.4)]
+    found = summarise(own).summary.rows[0].delta_m
+    assert found is not None and found.mean == pytest.approx(0), "runs of one's own go first"
+    assert "an old table" not in summarise(own).text()
+
+
+def test_delta_over_something_else_is_refused(results: list[dict]) -> None:
+    with pytest.raises(EquipoiseError, match="over 'seeds'; give 'metrics' or 'tasks'"):
+        summarise(results, over="seeds")
+
+
+def test_results_of_older_versions_are_read() -> None:
+    """They had one number a task, and the measure in the task."""
+    new = result("ew", 0, 0.7, 2.0, 1.0)
+    old = {
+        **new,
+        "val": {"left": 0.8, "size": None},
+        "test": {"left": 0.7, "size": 2.0},
+        "tasks": [
+            {"name": "left", "kind": "classification", "metric": "accuracy",
+             "higher_is_better": True, "unit": ""},
+            {"name": "size", "kind": "regression", "metric": "mae",
+             "higher_is_better": False, "unit": "px"},
+        ],
+    }  # fmt: skip
+    val = {"left": {"accuracy": 0.8}, "size": {"mae": None}}
+    assert upgraded(old) == {**new, "val": val}
+    assert upgraded(new) == new
+    assert upgraded({"tasks": 3}) == {"tasks": 3}

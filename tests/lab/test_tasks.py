@@ -17,7 +17,8 @@ def value(task: Task, *batches: tuple[torch.Tensor, torch.Tensor]) -> float:
     metric = task.metric()
     for output, target in batches:
         task.update(metric, output, target)
-    return metric.compute().item()
+    (found,) = metric.compute().values()
+    return found.item()
 
 
 def test_losses_by_hand():
@@ -75,24 +76,54 @@ def test_missing_labels_do_not_count():
 
 
 def test_score_is_higher_for_the_better_and_one_for_the_perfect():
-    assert ODD.score(0.9) == 0.9
-    assert SLANT.score(0.0) == 1.0
-    assert SLANT.score(5.0) == 0.0
-    assert SLANT.score(4.0) < SLANT.score(3.0)
+    assert ODD.score({"accuracy": 0.9}) == 0.9
+    assert SLANT.score({"mae": 0.0}) == 1.0
+    assert SLANT.score({"mae": 5.0}) == 0.0
+    assert SLANT.score({"mae": 4.0}) < SLANT.score({"mae": 3.0})
+    assert math.isnan(SLANT.score({"mae": NAN}))
+
+
+def test_positive_weight_by_hand():
+    """F.C5: a logit of 0 costs ln 2, and ten times that for a positive."""
+    task = Task.binary("one of ten", pos_weight=10.0)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    assert task.loss(zero, torch.ones(1)).item() == pytest.approx(6.9314718, abs=1e-6)
+    assert task.loss(zero, torch.zeros(1)).item() == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_f1_by_hand():
+    """F.C5: three hits, one false alarm, two misses; and no positive anywhere."""
+    task = Task.binary("rare", metric="f1")
+    said = torch.tensor([1.0, 1, 1, 1, -1, -1, -1]).unsqueeze(1)
+    true = torch.tensor([1.0, 1, 1, 0, 1, 1, 0])
+    assert value(task, (said, true)) == pytest.approx(2 / 3, abs=1e-6)
+    assert value(task, (said[:4], true[:4]), (said[4:], true[4:])) == pytest.approx(2 / 3, abs=1e-6)
+    assert value(task, (said[4:], torch.zeros(3))) == 0.0
+    assert [m.name for m in task.measures] == ["f1"] and task.measures[0].share
+
+
+def test_regression_has_other_losses_and_measures():
+    output, target = torch.tensor([[1.0], [0.0]]), torch.tensor([0.0, 3.0])
+    task = Task.regression("slant", "deg", -2.0, 5.0, metric="RMSE", loss="l1")
+    assert task.loss(output, target).item() == 2.0
+    assert value(task, (output, target)) == pytest.approx(5 * math.sqrt(5))
+    assert task.measures[0].name == "RMSE"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
+    ("make", "names"),
     [
-        (("depth", "ranking", 1, "mae", False), "ranking"),
-        (("depth", "regression", 2, "mae", False), "outputs is 2"),
-        (("depth", "binary", 2, "accuracy", True), "outputs is 2"),
-        (("depth", "classification", 1, "accuracy", True), "outputs is 1"),
-        (("depth", "regression", 1, "mae", False, "m", None, 0.0, 0.0), "scale is 0.0"),
-        (("depth", "regression", 1, "mae", False, "m", None, 0.0, NAN), "scale is nan"),
+        (lambda: Task.classification("depth", ("one",)), "there are 1 classes"),
+        (lambda: Task.regression("depth", "m", 0.0, 0.0), "scale is 0.0"),
+        (lambda: Task.regression("depth", "m", 0.0, NAN), "scale is nan"),
+        (lambda: Task.regression("depth", "m", 0, 1, metric="r2"), "metric is 'r2'; .*mae or rmse"),
+        (lambda: Task.regression("depth", "m", 0, 1, loss="l0"), "loss is 'l0'; give mse or l1"),
+        (lambda: Task.binary("depth", pos_weight=0.0), "pos_weight is 0.0"),
+        (lambda: Task.binary("depth", pos_weight=NAN), "pos_weight is nan"),
+        (lambda: Task.binary("depth", metric="auc"), "metric is 'auc'; give accuracy or f1"),
     ],
 )
-def test_impossible_tasks_are_refused_by_name(arguments, names):
+def test_impossible_tasks_are_refused_by_name(make, names):
     with pytest.raises(ValueError, match=names) as error:
-        Task(*arguments)
+        make()
     assert "'depth'" in str(error.value)

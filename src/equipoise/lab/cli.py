@@ -32,6 +32,7 @@ from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.diagnose_settings import MEASURES, Settings
 from equipoise.lab.progress import Display, Throttle
 from equipoise.lab.runs import Run, finished, refuse_another_run, seeded
+from equipoise.lab.summary import Over
 from equipoise.registry import METHODS
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -65,6 +66,12 @@ Threads = Annotated[int, typer.Option(help="CPU threads of one run.")]
 SignOption = Annotated[
     Sign,
     typer.Option(help="Delta_m as improvement in percent (higher is better) or as drop (lower)."),
+]
+
+
+OverOption = Annotated[
+    Over,
+    typer.Option("--over", help="Delta_m is the mean over all metrics, or over the tasks' means."),
 ]
 
 
@@ -135,6 +142,7 @@ def compare(
     threads: Threads = DEFAULT.threads,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     sign: SignOption = "improvement",
+    over: OverOption = "metrics",
     out: Annotated[
         Path | None, typer.Option(help="Comparison folder; default runs/compare-DATA.")
     ] = None,
@@ -159,9 +167,9 @@ def compare(
     outcomes = comparison.run(jobs)
     failures = sum(isinstance(outcome, Failure) for outcome in outcomes)
     try:
-        print(comparison.save(outcomes, sign).text())
+        print(comparison.save(outcomes, sign, over).text())
         if failures < len(outcomes):
-            page = report.write(comparison.out, run_folders(comparison.out), sign)
+            page = report.write(comparison.out, run_folders(comparison.out), sign, over)
             print(f"\nThe page with the pictures: {page}")
     except EquipoiseError as error:  # after the training it is no longer wrong use
         complain(str(error))
@@ -175,6 +183,7 @@ def compare(
 def write_report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Comparison or runs.")],
     sign: SignOption = "improvement",
+    over: OverOption = "metrics",
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; default: that of the runs.")
     ] = None,
@@ -184,7 +193,7 @@ def write_report(
     together = runs[0] if len(runs) == 1 else Path(os.path.commonpath([r.resolve() for r in runs]))
     target = out or together
     writable(target)
-    print(f"The page: {report.write(target, folders, sign)}")
+    print(f"The page: {report.write(target, folders, sign, over)}")
     return DONE
 
 

@@ -21,6 +21,7 @@ from equipoise.lab import runs, table
 from equipoise.lab.config import ConfigError, RunConfig, refuse_difference
 from equipoise.lab.files import read_json, write_json, write_text
 from equipoise.lab.progress import Display, Throttle
+from equipoise.lab.summary import Over
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Comparison:
             "runs": [job.folder.relative_to(self.out).as_posix() for job in self.jobs],
         }
 
-    def save(self, outcomes: Sequence[Outcome], sign: Sign) -> table.Table:
+    def save(self, outcomes: Sequence[Outcome], sign: Sign, over: Over = "metrics") -> table.Table:
         """Write the table in its four forms; returns it."""
         rows: list[dict[str, Any]] = [
             {"recipe": job.config.recipe, "seed": job.config.seed, "failed": outcome.message}
@@ -130,7 +131,7 @@ class Comparison:
             else dict(outcome)
             for job, outcome in zip(self.jobs, outcomes, strict=True)
         ]
-        summarised = table.summarise(rows, sign=sign)
+        summarised = table.summarise(rows, sign, over)
         write_text(self.out / "table.txt", summarised.text() + "\n")
         write_text(self.out / "table.md", summarised.markdown())
         write_text(self.out / "table.csv", summarised.csv())
@@ -170,8 +171,11 @@ def summary(outcome: Outcome) -> str:
     """A run's end in one line."""
     if isinstance(outcome, Failure):
         return f"failed: {outcome.message}"
-    metrics = {task["name"]: task["metric"] for task in outcome["tasks"]}
-    values = [f"{name} {metrics[name]} {value:.4g}" for name, value in outcome["test"].items()]
+    values = [
+        f"{task} {measure} {value:.4g}"
+        for task, found in outcome["test"].items()
+        for measure, value in found.items()
+    ]
     return f"{', '.join(values)} on test; {outcome['train_seconds']:.1f} s of training"
 
 

@@ -152,7 +152,7 @@ class Subject:
         self.settings = settings
         self.data = load(config.data, config.data_root)
         self.tasks = {task.name: task for task in self.data.tasks}
-        self.classifying = {n: t for n, t in self.tasks.items() if t.kind != "regression"}
+        self.classifying = {n: t for n, t in self.tasks.items() if t.n_classes}
         self.model = selected(config, self.data, folder).to(config.device)
         self.networks = list(separate(self.model))
         self._progress = progress
@@ -165,7 +165,7 @@ class Subject:
         return {
             name: {
                 "kind": task.kind,
-                "classes": self._classes(task),
+                "classes": task.n_classes,
                 "chance": abs(self._chance(task)),
             }
             for name, task in self.tasks.items()
@@ -236,7 +236,7 @@ class Subject:
             outside = self._entropies(batches)
         found = {}
         for task, values in inside.items():
-            most = math.log(self._classes(self.tasks[task]))
+            most = math.log(self.tasks[task].n_classes)
             found[task] = {"most": most, "in": density(values, most)}
             if task in outside:
                 found[task]["out"] = density(outside[task], most)
@@ -322,22 +322,19 @@ class Subject:
             "sharpness": nets + tasks * (1 + len(RHO)),
         }[name]
 
-    def _classes(self, task: Task) -> int:
-        return {"classification": task.outputs, "binary": 2, "regression": 0}[task.kind]
-
     def _chance(self, task: Task) -> float:
-        """The score of one answer for all: the commonest class; for regression the mean."""
-        if task.kind == "regression":
-            return -1.0  # minus the squared error in squared standard deviations
+        """The score of one answer for all: the commonest class, or minus the loss."""
+        if not task.n_classes:
+            return -task.uninformed_loss
         target = self.data.test.targets[task.name]
         _, target = labelled(target, target.float())
         return float(target.long().bincount().max() / len(target)) if len(target) else math.nan
 
     def _unsure(self) -> dict[str, str]:
         return {
-            task: "regression gives no probabilities"
-            for task in self.tasks
-            if task not in self.classifying
+            name: f"{task.kind} gives no probabilities"
+            for name, task in self.tasks.items()
+            if name not in self.classifying
         }
 
 

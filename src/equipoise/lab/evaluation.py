@@ -13,18 +13,20 @@ from equipoise.lab.data.base import Batch
 from equipoise.lab.tasks import Task
 from equipoise.trunk import SharedTrunk
 
+Values = dict[str, dict[str, float]]
+"""Task name -> name of the measure -> its value."""
 Autocast = Callable[[], AbstractContextManager]
 
 
 @torch.no_grad()
 def evaluate(
     model: SharedTrunk, tasks: Sequence[Task], batches: Iterable[Batch], autocast: Autocast
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean loss and metric over all labelled samples of `batches`.
+) -> tuple[dict[str, float], Values]:
+    """Mean loss and the measures over all labelled samples of `batches`.
 
     Returns:
-        Task name -> mean loss, and task name -> value of the metric in the task's unit; NaN for a
-        task without a single label.
+        Task name -> mean loss (over batches by their size, where a loss is a mean over pixels),
+        and task name -> measure -> value in its unit; NaN for a task without a single label.
     """
     device = next(model.parameters()).device
     metrics = {task.name: task.metric().to(device) for task in tasks}
@@ -42,8 +44,10 @@ def evaluate(
                 task.update(metrics[task.name], output, target)
     losses = {name: total[name] / n if n else float("nan") for name, n in count.items()}
     values = {
-        name: float(metric.compute()) if count[name] else float("nan")
-        for name, metric in metrics.items()
+        task.name: {name: float(value) for name, value in metrics[task.name].compute().items()}
+        if count[task.name]
+        else {measure.name: float("nan") for measure in task.measures}
+        for task in tasks
     }
     return losses, values
 

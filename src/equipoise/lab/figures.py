@@ -227,9 +227,10 @@ def plane(summary: Summary, x: Metric, y: Metric, look: Mapping[str, Look]) -> F
     """
     with canvas("") as (figure, axes):
         for row in summary.rows:
-            if x.task not in row.metrics or y.task not in row.metrics:
+            found = [s.times(100 if m.percent else 1) for m in (x, y) if (s := row.of(m))]
+            if len(found) < 2:
                 continue
-            xs, ys = (row.metrics[m.task].times(100 if m.percent else 1) for m in (x, y))
+            xs, ys = found
             if row.recipe == SINGLE_TASK:
                 axes.axvline(xs.mean, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
                 axes.axhline(ys.mean, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
@@ -241,30 +242,29 @@ def plane(summary: Summary, x: Metric, y: Metric, look: Mapping[str, Look]) -> F
 
 
 def tasks_against(summary: Summary, baseline: Row, look: Mapping[str, Look]) -> Figure | None:
-    """Each task a line: by how many percent each recipe is better there than `baseline`.
+    """Each metric a line: by how many percent each recipe is better there than `baseline`.
 
     Returns:
-        The picture; None if no task has a difference to the baseline that is defined.
+        The picture; None if no metric has a difference to the baseline that is defined.
     """
-    metrics = [m for m in summary.metrics if m.task in baseline.metrics]
-    metrics = [m for m in metrics if baseline.metrics[m.task].mean != 0]
+    references = {m: s.mean for m in summary.metrics if (s := baseline.of(m)) and s.mean != 0}
+    metrics = list(references)
     if not metrics:
         return None
     rows = [row for row in summary.rows if row is not baseline and row.metrics]
-    room = max(0.3, min(0.11 * len(rows), 16 / len(metrics)))  # inches for a task
+    room = max(0.3, min(0.11 * len(rows), 16 / len(metrics)))  # inches for a metric
     with canvas("", height=0.8 + room * len(metrics)) as (figure, axes):
         axes.axvline(0, color=INK, lw=0.9, ls="--", alpha=0.6, zorder=1)
         for n, metric in enumerate(metrics):
-            reference = [baseline.metrics[metric.task].mean]
+            reference, higher = [references[metric]], [metric.higher_is_better]
             for i, row in enumerate(rows):
-                if metric.task not in row.metrics:
+                if (found := row.of(metric)) is None:
                     continue
-                values = row.metrics[metric.task].values
-                better = [delta_m([v], reference, [metric.higher_is_better]) for v in values]
+                better = [delta_m([value], reference, higher) for value in found.values]
                 level = n + 0.8 * ((i + 0.5) / len(rows) - 0.5)
                 mean = float(np.mean(better))
                 _point(axes, better, [level] * len(better), mean, level, look[row.recipe], size=6)
-        axes.set_yticks(range(len(metrics)), [m.task for m in metrics])
+        axes.set_yticks(range(len(metrics)), [summary.title(m) for m in metrics])
         axes.set_ylim(len(metrics) - 0.5, -0.5)
         axes.set_xlabel(f"improvement over {baseline.recipe} (%) → better")
         axes.grid(visible=False, axis="y")

@@ -13,10 +13,12 @@ import numpy as np
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.files import read_json
+from equipoise.lab.results import upgraded
 
 History = Mapping[str, np.ndarray]
 """metrics.csv: column -> (epochs,) values, NaN where the cell is empty."""
-TASK_KEYS = {"name", "kind", "metric", "higher_is_better", "unit"}
+TASK_KEYS = {"name", "kind", "measures"}
+MEASURE_KEYS = {"name", "higher_is_better", "unit", "share"}
 RESULT_KEYS = {"recipe", "seed", "data", "model", "tasks", "best_epoch", "epochs", "test", "val",
                "train_seconds", "parameters"}  # fmt: skip
 
@@ -74,7 +76,7 @@ def read(folder: str | Path) -> Run:
     history = _history(folder / "metrics.csv")
     result = None
     if (folder / "result.json").exists():
-        result = _json(folder / "result.json", RESULT_KEYS)
+        result = upgraded(_json(folder / "result.json", RESULT_KEYS))
         _check(result, folder / "result.json")
     return Run(
         folder,
@@ -114,7 +116,11 @@ def _check(result: Mapping[str, Any], path: Path) -> None:
         for task in result["tasks"]:
             if lacking := TASK_KEYS - set(task):
                 raise KeyError(f"a task has no {min(lacking)!r}")
-        values = [v for split in ("val", "test") for v in result[split].values() if v is not None]
+            for measure in task["measures"]:
+                if lacking := MEASURE_KEYS - set(measure):
+                    raise KeyError(f"a measure has no {min(lacking)!r}")
+        found = [task for split in ("val", "test") for task in result[split].values()]
+        values = [v for task in found for v in task.values() if v is not None]
         numbers = [result[key] for key in ("train_seconds", "parameters", "epochs")]
         if "sizes" in result:  # older runs do not say
             numbers += [result["sizes"][split] for split in ("train", "val", "test")]

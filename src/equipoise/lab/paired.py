@@ -12,10 +12,11 @@ from scipy import stats
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab.pages import Grid, Section
-from equipoise.lab.summary import Row, Summary
+from equipoise.lab.summary import Metric, Row, Summary
 from equipoise.recipe import Recipe
 
 CONFIDENCE = 0.95
+ACCURACY = "accuracy"
 FEW = 6  # tasks that have columns of their own
 NONE = "–"
 
@@ -64,13 +65,13 @@ class Difference:
         return float(quantile * np.std(self.values, ddof=1) / math.sqrt(n))
 
 
-def differences(summary: Summary, tasks: Sequence[str]) -> Iterator[Difference]:
-    """Of the mean over `tasks`, in percentage points, for recipes whose partner is there too."""
+def differences(summary: Summary, metrics: Sequence[Metric]) -> Iterator[Difference]:
+    """Of the mean over `metrics`, in percentage points, for recipes whose partner is there too."""
     rows = {row.recipe: row for row in summary.rows}
     for flat, plain in partners(rows).items():
         if plain not in rows:
             continue
-        one, other = (_by_seed(rows[recipe], tasks) for recipe in (flat, plain))
+        one, other = (_by_seed(rows[recipe], metrics) for recipe in (flat, plain))
         seeds = tuple(seed for seed in one if seed in other)
         if seeds:
             values = tuple(100 * (one[seed] - other[seed]) for seed in seeds)
@@ -79,7 +80,7 @@ def differences(summary: Summary, tasks: Sequence[str]) -> Iterator[Difference]:
 
 def section(summary: Summary) -> Iterator[Section]:
     """The table of differences, if there is a pair."""
-    tasks = [metric.task for metric in summary.metrics if metric.percent]
+    tasks = [metric for metric in summary.metrics if metric.name == ACCURACY]
     groups = [tasks, *([task] for task in tasks)] if 1 < len(tasks) <= FEW else [tasks]
     columns = [{d.flat: d for d in differences(summary, group)} for group in groups if group]
     if not columns or not columns[0]:
@@ -93,7 +94,7 @@ def section(summary: Summary) -> Iterator[Section]:
         ]
         for flat, found in columns[0].items()
     ]
-    names = ["mean accuracy", *(group[0] for group in groups[1:])]
+    names = ["mean accuracy", *(group[0].task for group in groups[1:])]
     yield Section(
         "Flat against plain",
         "Accuracy on the test split with flat regions minus that without them, in percentage "
@@ -108,11 +109,12 @@ def section(summary: Summary) -> Iterator[Section]:
     )  # fmt: skip
 
 
-def _by_seed(row: Row, tasks: Sequence[str]) -> dict[int, float]:
-    """Mean over `tasks` for each seed; nothing if one of them was not measured."""
-    if any(task not in row.metrics for task in tasks):
+def _by_seed(row: Row, metrics: Sequence[Metric]) -> dict[int, float]:
+    """Mean over `metrics` for each seed; nothing if one of them was not measured."""
+    found = [spread.values for metric in metrics if (spread := row.of(metric))]
+    if len(found) < len(metrics):
         return {}
-    values: Any = np.mean([row.metrics[task].values for task in tasks], axis=0)
+    values: Any = np.mean(found, axis=0)
     return dict(zip(row.seeds, map(float, values), strict=True))
 
 

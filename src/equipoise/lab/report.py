@@ -14,14 +14,19 @@ from equipoise.lab import figures, flat_report, paired
 from equipoise.lab.files import write_text
 from equipoise.lab.folders import History, Run, listed, read
 from equipoise.lab.pages import Section, picture, render
-from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Row, Summary
+from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Over, Row, Summary
 from equipoise.lab.table import summarise
 
 NAME = "report.html"
 KINDS = {"weight": "weights λ of the weighting", "coefficient": "coefficients of the aggregator"}
 
 
-def write(folder: str | Path, runs: Iterable[str | Path], sign: Sign = "improvement") -> Path:
+def write(
+    folder: str | Path,
+    runs: Iterable[str | Path],
+    sign: Sign = "improvement",
+    over: Over = "metrics",
+) -> Path:
     """Write `folder`/report.html, in one go.
 
     Args:
@@ -29,6 +34,7 @@ def write(folder: str | Path, runs: Iterable[str | Path], sign: Sign = "improvem
             are neither given nor finished are named on the page.
         runs: run folders, finished or not.
         sign: the convention of Delta_m, see `equipoise.diagnostics.delta_m`.
+        over: what Delta_m is the mean over, see `equipoise.lab.summary.summarise`.
 
     Returns:
         The path of the page.
@@ -56,21 +62,27 @@ def write(folder: str | Path, runs: Iterable[str | Path], sign: Sign = "improvem
         raise EquipoiseError(f"there is no run to report in {folder}.")
     path = folder / NAME
     try:
-        write_text(path, page(list(found.values()), sign, missing))
+        write_text(path, page(list(found.values()), sign, missing, over))
     except OSError as error:
         raise EquipoiseError(f"cannot write {path} ({error.strerror}).") from error
     return path
 
 
-def page(runs: Sequence[Run], sign: Sign = "improvement", missing: Sequence[str] = ()) -> str:
+def page(
+    runs: Sequence[Run],
+    sign: Sign = "improvement",
+    missing: Sequence[str] = (),
+    over: Over = "metrics",
+) -> str:
     """The page as text.
 
     Args:
         runs: at least one.
         sign: the convention of Delta_m.
         missing: runs of which there is nothing but a name, a phrase each.
+        over: what Delta_m is the mean over.
     """
-    table = summarise([run.summary for run in runs], sign)
+    table = summarise([run.summary for run in runs], sign, over)
     return render(
         "report.html.j2",
         title=table.title,
@@ -181,7 +193,7 @@ def sections(summary: Summary, runs: Sequence[Run]) -> Iterator[Section]:
             ],
             key_of(histories),
         )
-    tasks = [m.task for m in metrics] or _tasks_of(histories)
+    tasks = list(dict.fromkeys(m.task for m in metrics)) or _tasks_of(histories)
     if histories:
         yield Section(
             "Training loss",
@@ -222,7 +234,7 @@ def _tradeoff(summary: Summary, look: Any, key_of: Any) -> Iterator[Section]:
         figure = figures.tasks_against(summary, baseline, look) if rows else None
         text = (
             f"Test split: by how many percent each recipe is better than the mean of "
-            f"{baseline.recipe} in each task; right of the dashed line is better.{marks}"
+            f"{baseline.recipe} in each metric; right of the dashed line is better.{marks}"
         )
         about = f"Improvement of each recipe over {baseline.recipe}, task by task"
     if figure is not None:

@@ -7,23 +7,24 @@ import pickle
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from equipoise.atomic import replacing
 from equipoise.lab import data as datasets
 from equipoise.lab import models
 from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
-from equipoise.lab.evaluation import conflict, evaluate, mean_conflict
-from equipoise.lab.files import DamagedError, read_json, write_json, write_rows
+from equipoise.lab.evaluation import Values, conflict, evaluate, mean_conflict
+from equipoise.lab.files import DamagedError, read_json, replacing, write_json, write_rows
+from equipoise.lab.results import Result, described, upgraded
 from equipoise.recipe import Recipe
 from equipoise.step import StepReport
 
@@ -33,24 +34,6 @@ Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
 PROBES = 16  # batches on which conflict/probe is measured
-
-
-class Result(TypedDict):
-    """What result.json holds. `val` and `test` are those of the best epoch by `score` on `val`."""
-
-    recipe: str
-    seed: int
-    data: str
-    model: str
-    sizes: dict[str, int]
-    tasks: list[dict[str, Any]]
-    epochs: int
-    best_epoch: int | dict[str, int]
-    val: dict[str, float]
-    test: dict[str, float]
-    train_seconds: float
-    parameters: int
-    finished: str
 
 
 def train(config: RunConfig, folder: str | Path, progress: Progress | None = None) -> Result:
@@ -166,7 +149,7 @@ class Run:
         """Measure on the validation split, and keep each network that is better than before."""
         losses, values = self.measure(self.data.val)
         tasks = {task.name: task for task in self.data.tasks}
-        scores = {name: tasks[name].score(value) for name, value in values.items()}
+        scores = {name: tasks[name].score(found) for name, found in values.items()}
         for i, group in enumerate(self.model.groups):
             score = mean([scores[name] for name in group])
             if i < len(self.best) and (score <= self.best[i]["score"] or np.isnan(score)):
@@ -179,12 +162,16 @@ class Run:
             self.best[i : i + 1] = [{**kept, "val": {name: values[name] for name in group}}]
         return {
             **{f"loss/val/{name}": loss for name, loss in losses.items()},
-            **{f"{tasks[name].metric_name}/val/{name}": value for name, value in values.items()},
+            **{
+                f"{measure}/val/{name}": value
+                for name, found in values.items()
+                for measure, value in found.items()
+            },
             "score": mean(list(scores.values())),
         }
 
-    def measure(self, split: Split) -> tuple[dict[str, float], dict[str, float]]:
-        """Losses and metrics of the present networks on `split`."""
+    def measure(self, split: Split) -> tuple[dict[str, float], Values]:
+        """Losses and measures of the present networks on `split`."""
         batches = self.batches(split, shuffle_seed=None)
         return evaluate(self.model, self.data.tasks, batches, self.fabric.autocast)
 
@@ -227,16 +214,8 @@ class Run:
             "data": self.config.data,
             "model": self.config.model,
             "sizes": {part: len(getattr(self.data, part)) for part in ("train", "val", "test")},
-            "tasks": [
-                {
-                    "name": t.name,
-                    "kind": t.kind,
-                    "metric": t.metric_name,
-                    "higher_is_better": t.higher_is_better,
-                    "unit": t.unit,
-                }
-                for t in self.data.tasks
-            ],  # fmt: skip
+            "tasks": [described(task) for task in self.data.tasks],
+            "baseline": None if self.data.baseline is None else asdict(self.data.baseline),
             "epochs": self.config.epochs,
             "best_epoch": epochs if len(groups) > 1 else groups[0][1]["epoch"],
             "val": {name: value for kept in self.best for name, value in kept["val"].items()},
@@ -250,7 +229,7 @@ class Run:
 def finished(folder: str | Path) -> Result | None:
     """The result of the run in `folder`, if it has come to its end."""
     path = Path(folder) / "result.json"
-    return read_json(path) if path.exists() else None
+    return upgraded(read_json(path)) if path.exists() else None
 
 
 def refuse_another_run(config: RunConfig, folder: str | Path) -> None:

@@ -5,29 +5,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from equipoise.diagnostics import MeasureError, Sign, delta_m
 from equipoise.errors import EquipoiseError
 
+Over = Literal["metrics", "tasks"]
+"""What Delta_m is the mean over."""
 SINGLE_TASK = "stl"  # the recipe against which Delta_m is measured
 TIME_UNIT = "ew"  # the recipe whose training time is T = 1
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured of one task."""
+    """One of the measures of one task; `percent` tells a share, written as a percentage."""
 
     task: str
     name: str
     higher_is_better: bool
     unit: str = ""
-
-    @property
-    def percent(self) -> bool:
-        """Whether the value is a share, written as a percentage."""
-        return "accuracy" in self.name and not self.unit
+    percent: bool = False
 
     @property
     def label(self) -> str:
@@ -74,6 +72,10 @@ class Spread:
         return text if self.std is None else f"{text} ± {self.std:.{decimals}f}"
 
 
+Spreads = dict[str, dict[str, Spread]]
+"""Task -> name of the measure -> values."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One recipe.
@@ -81,9 +83,10 @@ class Row:
     Attributes:
         recipe: in canonical form.
         seeds: of the finished runs, in the order of the values.
-        metrics: task -> values on the test split; a task without labels there is left out.
-        delta_m: one value a seed, against the mean over seeds of single-task training; None
-            without such runs.
+        metrics: task -> measure -> values on the test split; what has no number there is left
+            out.
+        delta_m: one value a seed, against the mean over seeds of single-task training, or against
+            published numbers of it where there are no such runs; None without either.
         seconds: training time.
         relative_time: T, mean training time over that of equal weighting; None without such runs.
         failed: seed -> what went wrong, or how far the run has come.
@@ -91,11 +94,15 @@ class Row:
 
     recipe: str
     seeds: tuple[int, ...]
-    metrics: dict[str, Spread]
+    metrics: Spreads
     delta_m: Spread | None
     seconds: Spread | None
     relative_time: float | None
     failed: dict[int, str]
+
+    def of(self, metric: Metric) -> Spread | None:
+        """The values of one metric, if there are any."""
+        return self.metrics.get(metric.task, {}).get(metric.name)
 
 
 @dataclass(frozen=True)
@@ -113,29 +120,44 @@ class Summary:
     metrics: tuple[Metric, ...]
     rows: tuple[Row, ...]
     sign: Sign
+    over: Over
     notes: tuple[str, ...]
 
+    @property
+    def several(self) -> bool:
+        """Whether a task is judged by more than one measure."""
+        return len({metric.task for metric in self.metrics}) < len(self.metrics)
 
-def summarise(results: Iterable[Mapping[str, Any]], sign: Sign = "improvement") -> Summary:
+    def title(self, metric: Metric) -> str:
+        """How a metric is called among the others: by its task, if that is enough."""
+        return f"{metric.task}: {metric.name}" if self.several else metric.task
+
+
+def summarise(
+    results: Iterable[Mapping[str, Any]], sign: Sign = "improvement", over: Over = "metrics"
+) -> Summary:
     """Mean and spread over the seeds of each recipe.
 
     Args:
         results: what the result.json of each run holds. A run without a "test" entry has not
             finished or has failed; it needs "recipe" and "seed" only, and may say why in "failed".
         sign: the convention of Delta_m, see `equipoise.diagnostics.delta_m`.
+        over: "metrics": Delta_m is the mean over all metrics of all tasks, as both papers have it;
+            "tasks": the mean over the tasks of the means over their metrics.
 
     Raises:
         EquipoiseError: there is no run, one is there twice, or they are not of the same data,
-            model and tasks; an unknown sign.
+            model and tasks; an unknown sign, or what Delta_m is over.
     """
     results = list(results)
     if sign not in get_args(Sign):
         raise MeasureError(f"sign is {sign!r}; give 'improvement' or 'drop'.")
+    if over not in get_args(Over):
+        raise MeasureError(f"Delta_m over {over!r}; give 'metrics' or 'tasks'.")
     if not results:
         raise EquipoiseError("there is no run to summarise.")
     _refuse_twice(results)
     finished = [result for result in results if "test" in result]
-    notes = list(_notes(finished))
     _refuse_mixture(finished)
     metrics = _metrics(finished[0]) if finished else ()
     by_recipe: dict[str, list[Mapping[str, Any]]] = {}
@@ -145,7 +167,8 @@ def summarise(results: Iterable[Mapping[str, Any]], sign: Sign = "improvement") 
         recipe: [result for result in runs if "test" in result]
         for recipe, runs in by_recipe.items()
     }
-    baseline = _spreads(metrics, done.get(SINGLE_TASK, []))
+    baseline, source = _baseline(metrics, done.get(SINGLE_TASK, []), finished)
+    notes = list(_notes(finished, source))
     unit = _times(done.get(TIME_UNIT, []))
     rows = []
     undefined: set[str] = set()
@@ -153,7 +176,7 @@ def summarise(results: Iterable[Mapping[str, Any]], sign: Sign = "improvement") 
         spreads = _spreads(metrics, done[recipe])
         seconds = _times(done[recipe])
         try:
-            delta = _delta_m(metrics, spreads, baseline, len(done[recipe]), sign)
+            delta = _delta_m(metrics, spreads, baseline, len(done[recipe]), sign, over)
         except MeasureError as error:
             delta = None
             undefined.add(str(error))
@@ -173,19 +196,22 @@ def summarise(results: Iterable[Mapping[str, Any]], sign: Sign = "improvement") 
             )  # fmt: skip
         )
     notes += [f"Δm is not defined: {why}" for why in sorted(undefined)]
-    for row in rows:
-        lacking = [m.task for m in metrics if row.seeds and m.task not in row.metrics]
-        if lacking:
-            over = "; its Δm is over the other tasks" if row.delta_m else ""
-            notes.append(f"{row.recipe} has no test value of {', '.join(lacking)}{over}.")
-        notes += [f"{row.recipe}, seed {seed}: {why}" for seed, why in row.failed.items()]
     data, model = (finished[0][key] if finished else "" for key in ("data", "model"))
-    return Summary(data, model, metrics, tuple(rows), sign, tuple(notes))
+    summary = Summary(data, model, metrics, tuple(rows), sign, over, ())
+    for row in rows:
+        lacking = [summary.title(m) for m in metrics if row.seeds and row.of(m) is None]
+        if lacking:
+            rest = "; its Δm is over the others" if row.delta_m else ""
+            notes.append(f"{row.recipe} has no test value of {', '.join(lacking)}{rest}.")
+        notes += [f"{row.recipe}, seed {seed}: {why}" for seed, why in row.failed.items()]
+    return replace(summary, notes=tuple(notes))
 
 
 def _metrics(result: Mapping[str, Any]) -> tuple[Metric, ...]:
     return tuple(
-        Metric(t["name"], t["metric"], t["higher_is_better"], t["unit"]) for t in result["tasks"]
+        Metric(task["name"], m["name"], m["higher_is_better"], m["unit"], m["share"])
+        for task in result["tasks"]
+        for m in task["measures"]
     )
 
 
@@ -204,32 +230,51 @@ def _refuse_mixture(finished: Sequence[Mapping[str, Any]]) -> None:
             first, other = finished[0][key], result[key]
             if first != other:
                 if key == "tasks":
-                    first, other = (", ".join(t["name"] for t in x) for x in (first, other))
+                    first, other = (_task_names(x) for x in (first, other))
                 raise EquipoiseError(
                     f"one table needs runs of one {key.removesuffix('s')}, but "
                     f"{finished[0]['recipe']} has {first} and {result['recipe']} has {other}."
                 )
 
 
-def _notes(finished: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+def _task_names(tasks: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{t['name']} ({', '.join(m['name'] for m in t['measures'])})" for t in tasks)
+
+
+def _notes(finished: Sequence[Mapping[str, Any]], source: str) -> Iterable[str]:
     epochs = {result["epochs"] for result in finished}
     if len(epochs) > 1:
         yield f"The runs are of different lengths: {', '.join(map(str, sorted(epochs)))} epochs."
     recipes = {result["recipe"] for result in finished}
-    if finished and SINGLE_TASK not in recipes:
+    if source:
+        yield f"No run of {SINGLE_TASK} has finished: Δm is against numbers of {source}."
+    elif finished and SINGLE_TASK not in recipes:
         yield f"No Δm without a finished run of {SINGLE_TASK}."
     if finished and TIME_UNIT not in recipes:
         yield f"No T without a finished run of {TIME_UNIT}."
 
 
-def _spreads(metrics: Sequence[Metric], results: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
-    """Task -> its test metric over the runs; without the tasks that have no number in some run."""
-    found = {}
+def _spreads(metrics: Sequence[Metric], results: Sequence[Mapping[str, Any]]) -> Spreads:
+    """The test metrics over the runs; without those that have no number in some run."""
+    found: Spreads = {}
     for metric in metrics:
-        values = [_number(result["test"].get(metric.task)) for result in results]
+        tests = [result["test"].get(metric.task, {}) for result in results]
+        values = [_number(test.get(metric.name)) for test in tests]
         if values and all(map(math.isfinite, values)):
-            found[metric.task] = Spread(tuple(values))
+            found.setdefault(metric.task, {})[metric.name] = Spread(tuple(values))
     return found
+
+
+def _baseline(
+    metrics: Sequence[Metric],
+    single: Sequence[Mapping[str, Any]],
+    finished: Sequence[Mapping[str, Any]],
+) -> tuple[Spreads, str]:
+    """Single-task numbers: of runs of one's own, or published ones with their source."""
+    published = next((r["baseline"] for r in finished if r.get("baseline")), None)
+    if single or published is None:
+        return _spreads(metrics, single), ""
+    return _spreads(metrics, [{"test": published["values"]}]), published["source"]
 
 
 def _times(results: Sequence[Mapping[str, Any]]) -> Spread | None:
@@ -238,24 +283,30 @@ def _times(results: Sequence[Mapping[str, Any]]) -> Spread | None:
 
 def _delta_m(
     metrics: Sequence[Metric],
-    spreads: Mapping[str, Spread],
-    baseline: Mapping[str, Spread],
+    spreads: Spreads,
+    baseline: Spreads,
     n_seeds: int,
     sign: Sign,
+    over: Over,
 ) -> Spread | None:
-    """Over the tasks that have a number in both; one value for each seed."""
-    higher = {
-        m.task: m.higher_is_better for m in metrics if m.task in spreads and m.task in baseline
-    }
-    if not higher:
+    """Over the metrics that have a number in both; one value for each seed."""
+    groups: dict[str, list[Metric]] = {}
+    for metric in metrics:
+        if all(metric.name in x.get(metric.task, {}) for x in (spreads, baseline)):
+            groups.setdefault(metric.task if over == "tasks" else "", []).append(metric)
+    if not groups:
         return None
-    single = {task: baseline[task].mean for task in higher}
-    return Spread(
-        tuple(
-            delta_m({task: spreads[task].values[i] for task in higher}, single, higher, sign)
-            for i in range(n_seeds)
-        )
-    )
+    seeds = []
+    for i in range(n_seeds):
+        means = []
+        for group in groups.values():
+            titles = {f"{m.task} {m.name}": m for m in group}
+            values = {t: spreads[m.task][m.name].values[i] for t, m in titles.items()}
+            single = {t: baseline[m.task][m.name].mean for t, m in titles.items()}
+            higher = {t: m.higher_is_better for t, m in titles.items()}
+            means.append(delta_m(values, single, higher, sign))
+        seeds.append(statistics.fmean(means))
+    return Spread(tuple(seeds))
 
 
 def _number(value: Any) -> float:

@@ -13,10 +13,10 @@ from typing import Any
 
 from equipoise.diagnostics import Sign
 from equipoise.lab import summary as summaries
-from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Spread, Summary
+from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Over, Spread, Summary
 
 NONE = "–"  # where there is no number
-FEW = 6  # tasks that stand before Δm
+FEW = 6  # metrics that stand before Δm
 WIDTH = 100  # characters of a line of plain text
 SIGNS: dict[str, str] = {
     "improvement": "in percent, positive is better (the sign of F-MTL)",
@@ -65,14 +65,21 @@ class Table:
         )
         return (
             f"Metrics on the test split: {spread}. "
-            f"Δm: mean relative difference to {SINGLE_TASK} {SIGNS[self.summary.sign]}. "
+            f"Δm: mean relative difference to {SINGLE_TASK}{self._over()} "
+            f"{SIGNS[self.summary.sign]}. "
             f"T: training time, in units of that of {TIME_UNIT}."
         )
 
+    def _over(self) -> str:
+        if not self.summary.several:
+            return ""
+        all_of_them = f" over all {len(self.summary.metrics)} metrics"
+        return all_of_them if self.summary.over == "metrics" else " over the means of the tasks"
+
     def columns(self) -> list[Column]:
-        """What is printed: recipe, tasks, Δm, T, seeds; many tasks come after Δm, T and seeds."""
+        """What is printed: recipe, metrics, Δm, T, seeds; many metrics come after the others."""
         rows = self.summary.rows
-        tasks = [self._task(metric) for metric in self.summary.metrics]
+        tasks = [self._metric(metric) for metric in self.summary.metrics]
         totals = [self._delta_m(), self._relative_time()] if tasks else []
         runs = [
             f"{len(row.seeds)} of {len(row.seeds) + len(row.failed)}" if row.failed
@@ -88,9 +95,9 @@ class Table:
             ]
         return [_plain("recipe", [row.recipe for row in rows]), *numbers]
 
-    def _task(self, metric: Metric) -> Column:
+    def _metric(self, metric: Metric) -> Column:
         factor, decimals = (100.0, 2) if metric.percent else (1.0, None)
-        spreads = [row.metrics.get(metric.task) for row in self.summary.rows]
+        spreads = [row.of(metric) for row in self.summary.rows]
         entries = [(s.times(factor).format(decimals), s.mean) if s else None for s in spreads]
         heading = (metric.task, f"{metric.label} {metric.better}")
         return _rated(heading, entries, metric.higher_is_better)
@@ -152,7 +159,7 @@ class Table:
             }
             for metric in self.summary.metrics:
                 key = f"{metric.name}/test/{metric.task}"
-                line |= _pair(key, row.metrics.get(metric.task))
+                line |= _pair(key, row.of(metric))
             line |= _pair(f"delta_m/{self.summary.sign}", row.delta_m)
             line |= _pair("train_seconds", row.seconds)
             lines.append({**line, "relative_time": row.relative_time})
@@ -169,7 +176,10 @@ class Table:
                 "recipe": row.recipe,
                 "seeds": list(row.seeds),
                 "failed": {str(seed): why for seed, why in row.failed.items()},
-                "test": {task: _numbers(spread) for task, spread in row.metrics.items()},
+                "test": {
+                    task: {name: _numbers(spread) for name, spread in found.items()}
+                    for task, found in row.metrics.items()
+                },
                 "delta_m": _numbers(row.delta_m),
                 "train_seconds": _numbers(row.seconds),
                 "relative_time": row.relative_time,
@@ -180,6 +190,7 @@ class Table:
             "title": self.title,
             "metrics": [asdict(metric) for metric in self.summary.metrics],
             "sign": self.summary.sign,
+            "over": self.summary.over,
             "caption": self.caption,
             "notes": list(self.summary.notes),
             "rows": rows,
@@ -223,9 +234,11 @@ def _mean(text: str) -> str:
     return text.split(" ±")[0]
 
 
-def summarise(results: Iterable[Mapping[str, Any]], sign: Sign = "improvement") -> Table:
+def summarise(
+    results: Iterable[Mapping[str, Any]], sign: Sign = "improvement", over: Over = "metrics"
+) -> Table:
     """The table of some runs; arguments and errors as `equipoise.lab.summary.summarise`."""
-    return Table(summaries.summarise(results, sign))
+    return Table(summaries.summarise(results, sign, over))
 
 
 def _numbers(spread: Spread | None) -> dict[str, Any] | None:

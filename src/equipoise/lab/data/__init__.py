@@ -8,7 +8,7 @@ from typing import Any
 
 from equipoise import call
 from equipoise.lab import options
-from equipoise.lab.data import celeba, multimnist
+from equipoise.lab.data import celeba, cifar, multimnist
 from equipoise.lab.data.base import Data, DataError, Split, loader
 from equipoise.lab.data.digits import digits_attributes, multidigits
 
@@ -21,6 +21,8 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "multifashion": multimnist.multifashion,
     "multifashion-mnist": multimnist.multifashion_mnist,
     "celeba": celeba.celeba,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
 }
 """Name -> `build(root, seed, **options)`. A new set is one line here."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Inputs(Protocol):
 
 
 Batch = tuple[Tensor, dict[str, Tensor]]
+IndexedBatch = tuple[Tensor, dict[str, Tensor], Tensor]
 
 
 class DataError(EquipoiseError, ValueError):
@@ -64,6 +65,33 @@ class Split(Dataset[Batch]):
         return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs, targets
 
 
+class Indexed(Dataset[IndexedBatch]):
+    """The samples of `split`, each with its number in it."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: Tensor | Sequence[int] | int) -> IndexedBatch:
+        """Inputs and targets as `split` gives them, and (B,) long, or () at an int: `index`."""
+        return (*self.split[index], torch.as_tensor(index))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Published numbers of single-task training, for a Delta_m without such runs of one's own.
+
+    Args:
+        source: where they are from, in a few words that can stand in a sentence.
+        values: task -> measure -> value, each in the unit of the measure.
+    """
+
+    source: str
+    values: Mapping[str, Mapping[str, float]]
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set.
@@ -76,6 +104,9 @@ class Data:
         test: the samples that are measured once, at the end.
         input_shape: shape of one input, (channels, height, width) for images.
         description: one sentence for `equipoise list` and the report page.
+        groups: name -> tasks that belong together by what is known of the data, to judge a
+            grouping by; nothing is trained with it. Empty where nothing is known.
+        baseline: published numbers of single-task training, if there are any.
     """
 
     name: str
@@ -85,9 +116,25 @@ class Data:
     test: Split
     input_shape: tuple[int, ...]
     description: str
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    baseline: Baseline | None = None
 
 
-def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLoader[Batch]:
+@overload
+def loader(
+    split: Split,
+    batch_size: int,
+    *,
+    shuffle_seed: int | None,
+    with_index: Literal[False] = False,
+) -> DataLoader[Batch]: ...
+@overload
+def loader(
+    split: Split, batch_size: int, *, shuffle_seed: int | None, with_index: Literal[True]
+) -> DataLoader[IndexedBatch]: ...
+def loader(
+    split: Split, batch_size: int, *, shuffle_seed: int | None, with_index: bool = False
+) -> DataLoader[Batch] | DataLoader[IndexedBatch]:
     """Batches of `split`, the last one smaller where the numbers do not divide.
 
     Random numbers come from a generator of the loader's own, so neither making nor using a
@@ -99,6 +146,8 @@ def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLo
         shuffle_seed: None: in order. A number: shuffled anew in each pass, and loaders made with
             the same seed go through the same passes. An epoch that must be repeatable by itself
             (to resume a run there) takes a loader with a seed of its own.
+        with_index: False: batches (inputs, targets). True: (inputs, targets, index), where
+            index (B,) long says which samples of `split` they are, 0 to N - 1, whatever the order.
     """
     generator = torch.Generator().manual_seed(shuffle_seed or 0)
     order = (
@@ -107,4 +156,5 @@ def loader(split: Split, batch_size: int, *, shuffle_seed: int | None) -> DataLo
         else RandomSampler(split, generator=generator)
     )
     batches = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(split, sampler=batches, batch_size=None, generator=generator)
+    samples: Dataset[Any] = Indexed(split) if with_index else split
+    return DataLoader(samples, sampler=batches, batch_size=None, generator=generator)

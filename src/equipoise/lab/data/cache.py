@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equipoise.atomic import replacing
+from equipoise.lab.files import replacing
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]

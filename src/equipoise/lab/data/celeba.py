@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from equipoise.lab.data import cache as kept
 from equipoise.lab.data.base import Data, DataError, Split
+from equipoise.lab.data.weights import balance
 from equipoise.lab.tasks import Task
 
 URL = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -47,6 +48,8 @@ def celeba(
     train: int | None = None,
     val: int | None = None,
     test: int | None = None,
+    pos_weight: Literal["exact"] | None = None,
+    metric: Literal["accuracy", "f1"] = "accuracy",
     cache: str | None = None,
 ) -> Data:
     """Faces, and 40 binary tasks: the attributes of CelebA (Liu et al., ICCV 2015).
@@ -72,6 +75,10 @@ def celeba(
             part of a larger; None: all.
         val: the same of the validation split.
         test: the same of the test split.
+        pos_weight: how much a positive sample counts in the loss of its task. "exact": negative
+            samples over positive samples of the training split, as G4 of STG-MTL has it (arXiv
+            2307.03374); None: 1.
+        metric: "accuracy", or "f1" of the positive class.
         cache: folder for the file; "off": none, images are decoded when they are needed. None:
             what the environment says in EQUIPOISE_CACHE, or else equipoise-cache below `root`,
             or if that cannot be written, equipoise in the user's cache folder.
@@ -124,9 +131,13 @@ def celeba(
         columns = labels.reshape(len(images), len(names)).float().T.contiguous()
         inputs = photographs if arrays is None else torch.from_numpy(arrays[part])
         splits.append(Split(inputs, dict(zip(names, columns, strict=True))))
+    given = {
+        name: 1.0 if pos_weight is None else balance(name, target)
+        for name, target in splits[0].targets.items()
+    }
     return Data(
         "celeba",
-        tuple(Task.binary(name) for name in names),
+        tuple(Task.binary(name, pos_weight=w, metric=metric) for name, w in given.items()),
         *splits,
         input_shape=(3, height, width),
         description=f"photographs of faces, {height} x {width} pixels; {len(names)} binary tasks",

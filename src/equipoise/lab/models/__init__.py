@@ -9,13 +9,18 @@ from equipoise import call
 from equipoise.errors import EquipoiseError
 from equipoise.lab import options
 from equipoise.lab.data.base import Data
+from equipoise.lab.models.cnn import CNN, cnn
 from equipoise.lab.models.lenet import LeNet, lenet
 from equipoise.lab.models.resnet import ResNet18, resnet18
 from equipoise.trunk import SharedTrunk
 
-__all__ = ["MODELS", "LeNet", "ModelError", "ResNet18", "build", "canonical"]
+__all__ = ["CNN", "MODELS", "LeNet", "ModelError", "ResNet18", "build", "canonical"]
 
-MODELS: dict[str, Callable[..., SharedTrunk]] = {"lenet": lenet, "resnet18": resnet18}
+MODELS: dict[str, Callable[..., SharedTrunk]] = {
+    "lenet": lenet,
+    "cnn": cnn,
+    "resnet18": resnet18,
+}
 """Name -> `build(data, **options)`: the model for a data set. A new model is one line here."""
 
 
