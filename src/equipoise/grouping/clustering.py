@@ -43,10 +43,10 @@ def memberships(distances: Any, fuzziness: float = 2.0) -> Tensor:
     d = torch.as_tensor(distances).detach().to(torch.float64)
     if not bool((d >= 0).all()) or bool(d.isinf().any()):
         raise ValueError("distances must be finite and not negative.")
-    zero = d == 0
-    there = zero.any(-1, keepdim=True)
-    soft = torch.softmax(-2 / (fuzziness - 1) * torch.where(zero, 1.0, d).log(), -1)
-    return torch.where(there, zero / zero.sum(-1, keepdim=True).clamp_min(1), soft)
+    zero = (d == 0).to(torch.float64)
+    on_top = zero.sum(-1, keepdim=True)
+    soft = torch.softmax(-2 / (fuzziness - 1) * torch.where(d == 0, 1.0, d).log(), -1)
+    return torch.where(on_top > 0, zero / on_top.clamp_min(1), soft)
 
 
 def cluster(
@@ -138,15 +138,15 @@ def find_groups(
         labels, weights = shares.argmax(1), _mean_weights(shares)
         distances = _distances(gram, weights)
     else:
-        points = coordinates(gram)
-        apart = pairwise(gram) > 0
-        different = len(np.unique(apart, axis=0))
+        equal_to = (pairwise(gram) > 0).argmin(1)  # the first task with the same vector
+        points = coordinates(gram)[equal_to]
+        different = len(set(equal_to.tolist()))
         if n_groups > different:
             raise EquipoiseError(
                 f"{n_groups} groups of {len(gram)} tasks, of which {different} are different; give "
                 f"at most {different}."
             )
-        found = kmeans(points, n_groups, generator, n_init)
+        found = kmeans(points, n_groups, generator, n_init, one_by_one=True)
         labels = found.labels
         weights = _mean_weights(np.eye(n_groups)[labels])
         distances = _snapped(points, found.centres, gram)
