@@ -36,7 +36,7 @@ def test_lookahead_by_hand() -> None:
     losses = {"a": quadratic(0, 0), "b": quadratic(1, 0), "c": quadratic(4, 0)}
     affinity = LookaheadAffinity(model, losses, lr=0.5)
     targets = {t: torch.zeros(3) for t in "abc"}
-    # After a's step theta = 1: (.5, 0, 4.5); after b's 1.5: (1.125, .125, 3.125); c's 3: (4.5, 2, .5)
+    # Losses after a's step, theta = 1: .5, 0, 4.5; b's, 1.5: 1.125, .125, 3.125; c's, 3: 4.5, 2, .5
     expected = [
         [1 - 0.25, 1.0, 1 - 2.25],
         [1 - 0.5625, 1 - 0.25, 1 - 1.5625],

@@ -57,7 +57,7 @@ DISTANCES = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(DISTANCES, st.floats(1.01, 50))
 def test_memberships_beside_60_digits(distances, fuzziness: float) -> None:
     d = np.array(distances)
@@ -177,9 +177,8 @@ def test_permuting_tasks_permutes_memberships() -> None:
     order = np.random.default_rng(0).permutation(14)
     a, b = find_groups(x, 3), find_groups(x[order], 3)
     columns = [int(b.labels[list(order).index(a.labels.tolist().index(j))]) for j in range(3)]
-    torch.testing.assert_close(
-        b.memberships[:, columns], a.memberships[order], rtol=1e-8, atol=1e-9
-    )
+    found = b.memberships[:, columns]
+    torch.testing.assert_close(found, a.memberships[order], rtol=1e-8, atol=1e-9)
 
 
 def test_the_seed_decides() -> None:

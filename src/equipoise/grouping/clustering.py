@@ -87,7 +87,7 @@ def find_groups(
     seed: int = 0,
     method: Method = "kmeans",
     tasks: Sequence[str] | None = None,
-    n_init: int = 50,
+    n_init: int = 20,
     given: Given = "auto",
     tolerance: float = 1e-8,
     max_iter: int = 300,
