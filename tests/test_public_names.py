@@ -152,6 +152,7 @@ REPORT_FIELDS = {
 AT_THE_TOP = {
     *("SharedTrunk", "Step", "StepReport", "backward", "Recipe"),
     *("EW", "SI", "RLW", "DWA", "UW", "IGBv1", "IMTLL", "GLS", "FAMO", "STCH", "GradNorm"),
+    *("IGBv2", "RLWSI", "DWASI", "MissingExtraError"),
     *("Sum", "Mean", "MGDA", "PCGrad", "CAGrad", "IMTLG", "MaxNorm", "DBMTL"),
     *("EquipoiseError", "TaskError", "RecipeError", "CombinationError", "NonFiniteError"),
 }

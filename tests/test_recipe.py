@@ -22,6 +22,14 @@ parse = eq.Recipe.parse
 PARAMETERS: dict[str, dict[str, st.SearchStrategy]] = {
     "si": {"cap": st.floats(0.1, 1e6)},
     "igbv1": {"cap": st.floats(0.1, 1e6)},
+    "igbv2": {
+        "reduction": st.sampled_from(["min", "mean"]),
+        "lr_ratio": st.booleans(),
+        "buffer_size": st.integers(1, 10**6),
+        "sac_lr": st.floats(1e-9, 1),
+    },
+    "rlw-si": {"cap": st.floats(0.1, 1e6)},
+    "dwa-si": {"temperature": st.floats(1e-3, 1e6)},
     "rlw": {"normalise_to": st.floats(0.1, 1e6)},
     "dwa": {"temperature": st.floats(1e-3, 1e6) | st.integers(1, 9)},
     "uw": {"lr": st.floats(1e-9, 10)},
@@ -168,7 +176,7 @@ def test_a_value_that_is_accepted_works() -> None:
     [
         ("cagard", "recipe 'cagard': unknown token 'cagard'; did you mean 'cagrad'"),
         ("ew+MGDB", "unknown token 'MGDB'; did you mean 'mgda'"),
-        ("igbv9+cagrad", "unknown token 'igbv9'; did you mean 'igbv1'"),
+        ("igbv9+cagrad", "unknown token 'igbv9'; did you mean 'igbv2' or 'igbv1'"),
         ("xyzzy", "unknown token 'xyzzy'; known are: aligned, .*, uw"),
         ("", "cannot read ''; write token or token"),
         ("ew+", "cannot read ''"),
@@ -183,6 +191,8 @@ def test_a_value_that_is_accepted_works() -> None:
             "ew(lr=1)",
             "ew has no parameter 'lr'; it takes: none",
         ),
+        ("igbv2(n_tasks=3)", "igbv2 has no parameter 'n_tasks'; it takes: cap, reduction"),
+        ("uw-si", "uw-si'?: UW on the scale-invariant objective falls without end"),
         ("igbv1(steps_per_epoch=3)", "igbv1 has no parameter 'steps_per_epoch'; it takes: cap"),
         ("uw(n_tasks=3)", "no parameter 'n_tasks'"),
         ("pcgrad(generator=None)", "no parameter 'generator'"),

@@ -53,9 +53,9 @@ class Compared:
         for row in self.summary.rows:
             for i, seed in enumerate(row.seeds):
                 found = {
-                    f"test {m.task} {m.name}": row.metrics[m.key].values[i]
+                    f"test {m.task} {m.name}": values.values[i]
                     for m in self.summary.metrics
-                    if m.key in row.metrics
+                    if (values := row.of(m))
                 }
                 if row.delta_m:
                     found["delta_m"] = row.delta_m.values[i]
@@ -82,7 +82,7 @@ def metrics(part: Compared) -> str:
     for row in part.summary.rows:
         cells = []
         for m in part.summary.metrics:
-            values = row.metrics.get(m.key)
+            values = row.of(m)
             factor = 100.0 if m.percent else 1.0
             cells.append("-" if values is None else values.times(factor).format())
         rows.append([row.recipe, *cells])

@@ -190,8 +190,9 @@ def _read(part: str, text: str) -> Stage:
     by_plain_name = {_plain(known): method for known, method in TOKENS.items()}
     method = by_plain_name.get(_plain(token))
     if method is None:
-        if _plain(token) in {_plain(refused) for refused in REFUSED}:
-            raise RecipeError(f"recipe {text!r}: {_reason(token)}")
+        for refused, why in REFUSED.items():
+            if _plain(token) == _plain(refused):
+                raise RecipeError(f"recipe {text!r}: {why}")
         raise RecipeError(
             f"recipe {text!r}: unknown token {token!r}; {nearest(token, TOKENS, listed=METHODS)}"
         )
@@ -219,18 +220,12 @@ def _read(part: str, text: str) -> Stage:
 def _both(first: Stage, second: Stage, text: str) -> str:
     """Why two answers to one question are refused, and what may have been meant."""
     together = [f"{a.method.token}-{b.method.token}" for a, b in ((first, second), (second, first))]
-    for one in together:
-        if one in REFUSED:
-            return f"recipe {text!r}: {_reason(one)}"
     meant = next((f", or use {one}" for one in together if one in TOKENS), "")
+    why = next((f" {REFUSED[one]}" for one in together if one in REFUSED), "")
     return (
         f"recipe {text!r}: {first} and {second} both answer the question of "
-        f"{second.method.axis}; keep one{meant}."
+        f"{second.method.axis}; keep one{meant}.{why}"
     )
-
-
-def _reason(token: str) -> str:
-    return next(why for refused, why in REFUSED.items() if _plain(refused) == _plain(token))
 
 
 def _plain(token: str) -> str:

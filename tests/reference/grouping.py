@@ -36,37 +36,45 @@ class StoredMaps:
         """Start the list of another epoch."""
         self.seen.append([])
 
+    def values(self, task: int, sample: int, epochs: int) -> list[float]:
+        """Return all that a task has given to a sample in the first epochs."""
+        return [p for epoch in self.seen[:epochs] for t, s, p in epoch if (t, s) == (task, sample)]
+
     def map_after(self, epochs: int) -> np.ndarray:
         """Return (T, N, 2): mean and deviation over all epochs from the start."""
         out = np.zeros((*self.shape, 2))
         for task in range(self.shape[0]):
             for sample in range(self.shape[1]):
-                values = [
-                    p
-                    for epoch in self.seen[:epochs]
-                    for t, s, p in epoch
-                    if (t, s) == (task, sample)
-                ]
-                out[task, sample] = mean_and_deviation(values, self.ddof)
+                out[task, sample] = mean_and_deviation(self.values(task, sample, epochs), self.ddof)
         return out
 
     def maps(self) -> np.ndarray:
         """Return (T, e, N, 2)."""
         return np.stack([self.map_after(epochs) for epochs in self.epochs], axis=1)
 
+    def filled(self) -> np.ndarray:
+        """Return the maps, a task being the mean of the others wherever it has seen nothing."""
+        out = self.maps()
+        for k, epochs in enumerate(self.epochs):
+            for sample in range(self.shape[1]):
+                seen = [t for t in range(self.shape[0]) if self.values(t, sample, epochs)]
+                for task in set(range(self.shape[0])) - set(seen):
+                    out[task, k, sample] = np.mean([out[t, k, sample] for t in seen] or [[0, 0]], 0)
+        return out
+
     def gram(self, centred: bool = False) -> np.ndarray:
         """Return the (T, T) inner products of the flattened maps."""
-        return gram(self.maps().reshape(self.shape[0], -1), centred)
+        return gram(self.filled().reshape(self.shape[0], -1), centred)
 
 
 def mean_and_deviation(values: Sequence[float], ddof: int = 0) -> tuple[float, float]:
-    """Return mu and sigma in exact arithmetic up to the root; 0 and 0 of nothing."""
+    """Return mu and sigma in exact arithmetic up to the root; 0 where nothing would be left."""
     if not values:
         return 0.0, 0.0
     exact = [Fraction(v) for v in values]
     mean = sum(exact) / len(exact)
     if len(exact) <= ddof:
-        return float(mean), math.nan
+        return float(mean), 0.0
     square = sum((v - mean) ** 2 for v in exact) / (len(exact) - ddof)
     return float(mean), math.sqrt(square)
 

@@ -135,7 +135,7 @@ def backtracking(
     """Search along d_sh = A(g_1..g_T), all parameters moved at every trial (Alg. 4.1, eq. 4.1)."""
     seen = problem.look()
     rows = np.stack([seen["g"][task] for task in problem.tasks])
-    d, replaced = admissible(rows, direction)
+    d, replaced = admissible(rows, direction, rule)
     trials = 0
     for step in sizes(upper, shrink, floor):
         trials += 1
@@ -175,11 +175,11 @@ def fast_backtracking(
 
     Every trial starts from the z of the first look. The trunk moves by step times (dz/dtheta)^T
     d_z once a step is accepted. With `verify` the accepted step has to satisfy eq. 4.1 at the new
-    parameters, or the search along the parameters takes its place.
+    parameters, where no slope may lead upwards, or the search along the parameters takes its place.
     """
     seen = problem.look()
     rows = np.stack([seen["q"][task] for task in problem.tasks])
-    d, replaced = admissible(rows, direction)
+    d, replaced = admissible(rows, direction, rule)
     through = problem.through_trunk(d)
     with torch.no_grad():
         z = problem.features(deepcopy(problem.trunk))
@@ -216,7 +216,7 @@ def fast_backtracking(
             measured(problem, task, trunk, heads[task]),
             seen["L"][task],
             seen["h"][task] @ seen["h"][task],
-            seen["g"][task] @ through,
+            max(seen["g"][task] @ through, 0.0),
             step,
             beta,
             "full",
@@ -248,10 +248,10 @@ def holds(
     return math.isfinite(new) and new <= old - step * beta * fall
 
 
-def admissible(rows: Vector, direction: Direction) -> tuple[Vector, bool]:
-    """Give the direction, or the min-norm one where it would let a loss grow (D.5)."""
+def admissible(rows: Vector, direction: Direction, rule: str) -> tuple[Vector, bool]:
+    """Give the direction, or the min-norm one where the rule would let a loss grow (D.5)."""
     d = direction(rows)
-    if min(row @ d for row in rows) < 0:
+    if rule != "head" and min(row @ d for row in rows) < 0:
         return min_norm(rows), True
     return d, False
 

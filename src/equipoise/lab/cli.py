@@ -17,7 +17,7 @@ from rich.table import Table
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import diagnose_page, diagnosing, models, options, report
+from equipoise.lab import diagnose_page, diagnosing, models, options, report, schedules
 from equipoise.lab.comparison import (
     Comparison,
     Failure,
@@ -60,6 +60,9 @@ Model = Annotated[str, typer.Option(help="Network, with options: 'resnet18(width
 Epochs = Annotated[int, typer.Option(help="Passes through the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples in a batch.")]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.")]
+ScheduleText = Annotated[
+    str, typer.Option("--schedule", help="Of the learning rate: 'halve(every=100)'; see list.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Precision = Annotated[str, typer.Option(help="32-true or bf16-mixed.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of one run.")]
@@ -99,6 +102,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the initial weights, order and draws.")] = 0,
     batch_size: BatchSize = DEFAULT.batch_size,
     lr: LearningRate = DEFAULT.lr,
+    schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
     threads: Threads = DEFAULT.threads,
@@ -109,7 +113,8 @@ def train(
     """Train one network by one recipe. A killed run goes on when the command is given again."""
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
-        batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
+        batch_size=batch_size, lr=lr, schedule=schedule, device=device, precision=precision,
+        threads=threads,
     )  # fmt: skip
     folder = out or Path("runs", f"{file_name(config.data)}-{run_name(config)}")
     refuse_another_run(config, folder)
@@ -137,6 +142,7 @@ def compare(
     seeds: Seeds = ["0"],  # noqa: B006 - typer copies it
     batch_size: BatchSize = DEFAULT.batch_size,
     lr: LearningRate = DEFAULT.lr,
+    schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
     threads: Threads = DEFAULT.threads,
@@ -154,6 +160,7 @@ def compare(
     common = {
         "data": data, "data_root": data_root, "model": model, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "device": device, "precision": precision, "threads": threads,
+        "schedule": schedule,
     }  # fmt: skip
     configs = [
         RunConfig.of(recipe=recipe, seed=seed, **common)
@@ -266,7 +273,9 @@ def list_names() -> None:
     for method in METHODS.values():
         names = kinds.setdefault(method.axis, {}).setdefault(method.summary, [])
         names.append(method.token)
-    for kind, registry in (("data", datasets.DATASETS), ("model", models.MODELS)):
+    for kind, registry in (
+        ("data", datasets.DATASETS), ("model", models.MODELS), ("schedule", schedules.SCHEDULES),
+    ):  # fmt: skip
         kinds[kind] = {
             f"{first_line(build)}\n({options.written(build)})": [name]
             for name, build in registry.items()
@@ -282,7 +291,7 @@ def list_names() -> None:
         "A recipe joins one of each axis: igbv1+cagrad. With -ub an aggregation works on the "
         "features instead of the parameters; with f- before it, it seeks flat regions (a-: the "
         "naive way): f-cagrad(rho=0.1). stl trains one network for each task. Options of "
-        "data and model, here with their defaults, go into parentheses: "
+        "data, model and schedule, here with their defaults, go into parentheses: "
         "--data 'multidigits(canvas=24)'."
     )
 

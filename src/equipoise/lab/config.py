@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import models
+from equipoise.lab import models, schedules
 from equipoise.recipe import Recipe
 
 PACKAGES = ("equipoise", "torch", "numpy", "scipy", "lightning-fabric", "torchmetrics", "pillow")
@@ -44,6 +44,8 @@ class RunConfig(BaseModel):
     batch_size: int = Field(64, ge=1)
     lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
     """Learning rate of Adam."""
+    schedule: str = "none"
+    """How it changes from epoch to epoch: "halve(every=100)"; in the canonical form."""
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     """"cpu", "cuda" or "cuda:1"; "auto" becomes the one that is there."""
@@ -65,6 +67,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _canonical_model(cls, model: str) -> str:
         return models.canonical(model)
+
+    @field_validator("schedule")
+    @classmethod
+    def _canonical_schedule(cls, schedule: str) -> str:
+        return schedules.canonical(schedule)
 
     @field_validator("data_root")
     @classmethod
@@ -103,9 +110,13 @@ class RunConfig(BaseModel):
 def refuse_difference(there: Mapping[str, Any], here: Mapping[str, Any], folder: object) -> None:
     """What lies in `folder` can only be gone on with under the configuration that began it.
 
+    A field that an older version did not know has its default value there.
+
     Raises:
         ConfigError: names the first field that differs, with both values.
     """
+    fields = {key: field.default for key, field in RunConfig.model_fields.items()}
+    there = {key: there.get(key, fields.get(key)) for key in (*here, *there)}
     for key in (*here, *(key for key in there if key not in here)):
         if there.get(key) != here.get(key):
             raise ConfigError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from equipoise.diagnostics import conflict_share
-from equipoise.lab.data.base import Batch
+from equipoise.diagnostics import conflict_share, delta_m
+from equipoise.lab.data.base import Baseline, Batch
 from equipoise.lab.tasks import Task
 from equipoise.trunk import SharedTrunk
 
@@ -50,6 +51,23 @@ def evaluate(
         for task in tasks
     }
     return losses, values
+
+
+def improvement(tasks: Sequence[Task], values: Values, baseline: Baseline) -> float:
+    """Delta_m of `values` against a baseline, in percent, positive is better.
+
+    Over the measures of `tasks` that are known in both; NaN if there are none.
+    """
+    here, there, higher = [], [], []
+    for task in tasks:
+        published = baseline.values.get(task.name, {})
+        for measure in task.measures:
+            value = values[task.name][measure.name]
+            if measure.name in published and math.isfinite(value):
+                here.append(value)
+                there.append(published[measure.name])
+                higher.append(measure.higher_is_better)
+    return delta_m(here, there, higher) if here else math.nan
 
 
 def conflict(

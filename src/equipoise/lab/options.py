@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from equipoise import call
 from equipoise.errors import EquipoiseError, nearest
 
-FROM_CONTEXT = ("root", "data")
-"""Arguments that come from elsewhere: --data-root, and the data set that a model is for."""
+FROM_CONTEXT = ("root", "data", "optimizer")
+"""Arguments from elsewhere: --data-root, the data set of a model, the optimizer of a schedule."""
 
 Registry = Mapping[str, Callable[..., Any]]
 

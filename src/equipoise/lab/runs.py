@@ -22,9 +22,10 @@ from equipoise.lab import models
 from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
-from equipoise.lab.evaluation import Values, conflict, evaluate, mean_conflict
+from equipoise.lab.evaluation import Values, conflict, evaluate, improvement, mean_conflict
 from equipoise.lab.files import DamagedError, read_json, replacing, write_json, write_rows
 from equipoise.lab.results import Result, described, upgraded
+from equipoise.lab.schedules import Schedule
 from equipoise.recipe import Recipe
 from equipoise.step import StepReport
 
@@ -61,6 +62,7 @@ def train(config: RunConfig, folder: str | Path, progress: Progress | None = Non
         while len(run.rows) < config.epochs:
             trained = run.train_epoch(progress)
             run.rows.append({**trained, **run.validate(), "conflict/probe": run.probe()})
+            run.schedule.step(run.judgement)
             run.save(folder)
         result = run.result()
     write_json(folder / "result.json", result)
@@ -97,6 +99,7 @@ class Run:
         self.step = Recipe.parse(config.recipe).build(
             model, losses, config.lr, self.steps, seed=config.seed
         )
+        self.schedule = Schedule(config.schedule, self.step.optimizer)
         self.model = self.step.model  # for the baseline, one network a task
         self.rows: list[dict[str, Any]] = []
         self.best: list[dict[str, Any]] = []  # one for each group of tasks that share a network
@@ -148,10 +151,8 @@ class Run:
     def validate(self) -> dict[str, Any]:
         """Measure on the validation split, and keep each network that is better than before."""
         losses, values = self.measure(self.data.val)
-        tasks = {task.name: task for task in self.data.tasks}
-        scores = {name: tasks[name].score(found) for name, found in values.items()}
         for i, group in enumerate(self.model.groups):
-            score = mean([scores[name] for name in group])
+            score = self.judge(values, group)
             if i < len(self.best) and (score <= self.best[i]["score"] or np.isnan(score)):
                 continue
             state = {
@@ -167,8 +168,30 @@ class Run:
                 for name, found in values.items()
                 for measure, value in found.items()
             },
-            "score": mean(list(scores.values())),
+            **self.judgements(values, self.model.tasks),
         }
+
+    def judgements(self, values: Values, names: Sequence[str]) -> dict[str, float]:
+        """What validation says of some tasks together, as numbers that are higher when better.
+
+        The mean of their scores; and Delta_m in percent, where the data set has published
+        single-task numbers, by which the protocols that have such numbers select.
+        """
+        tasks = [task for task in self.data.tasks if task.name in names]
+        found = {"score": mean([task.score(values[task.name]) for task in tasks])}
+        if self.data.baseline is not None:
+            found["delta_m"] = improvement(tasks, values, self.data.baseline)
+        return found
+
+    def judge(self, values: Values, names: Sequence[str]) -> float:
+        """The one of the `judgements` that decides: the last."""
+        return list(self.judgements(values, names).values())[-1]
+
+    @property
+    def judgement(self) -> float:
+        """Of the last epoch, as a fraction."""
+        row = self.rows[-1]
+        return row["delta_m"] / 100 if "delta_m" in row else row["score"]
 
     def measure(self, split: Split) -> tuple[dict[str, float], Values]:
         """Losses and measures of the present networks on `split`."""
@@ -189,7 +212,8 @@ class Run:
         """Write what a resumed run needs, and the table of the epochs."""
         write_rows(folder / "metrics.csv", self.rows)
         with replacing(folder / "checkpoint.ckpt") as file:
-            torch.save({"step": self.step.state_dict(), "rows": self.rows, "best": self.best}, file)
+            state = {"step": self.step.state_dict(), "schedule": self.schedule.state_dict()}
+            torch.save({**state, "rows": self.rows, "best": self.best}, file)
 
     def resume(self, folder: Path) -> None:
         """Go back to the last epoch that was saved in `folder`, if there is one."""
@@ -200,6 +224,7 @@ class Run:
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise DamagedError(path) from error
             self.step.load_state_dict(state["step"])
+            self.schedule.load_state_dict(state.get("schedule", {}))
             self.rows, self.best = state["rows"], state["best"]
 
     def result(self) -> Result:

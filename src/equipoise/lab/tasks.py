@@ -57,6 +57,7 @@ class Task(ABC):
     Attributes:
         name: under which the head, the loss and the measures are found.
         kind: of what kind the task is, for readers of result.json.
+        pixelwise: whether there is an answer for every pixel, rather than one for a sample.
         outputs: width of the head: numbers for a sample, or channels for a pixel.
         measures: by which it is judged, in the order of the tables; their names differ.
         n_classes: the number of classes of which a sample is one; 0 where the output is no
@@ -66,6 +67,7 @@ class Task(ABC):
 
     name: str
     kind: ClassVar[str]
+    pixelwise: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -8,9 +8,11 @@ from typing import Any
 
 from equipoise import call
 from equipoise.lab import options
-from equipoise.lab.data import celeba, cifar, multimnist
+from equipoise.lab.data import celeba, cifar, cityscapes, cityscapes_release, multimnist, nyuv2
 from equipoise.lab.data.base import Data, DataError, Split, loader
 from equipoise.lab.data.digits import digits_attributes, multidigits
+from equipoise.lab.data.qm9 import qm9
+from equipoise.lab.data.qm9_lite import qm9_lite
 
 __all__ = ["DATASETS", "Data", "DataError", "Split", "canonical", "load", "loader"]
 
@@ -21,8 +23,13 @@ DATASETS: dict[str, Callable[..., Data]] = {
     "multifashion": multimnist.multifashion,
     "multifashion-mnist": multimnist.multifashion_mnist,
     "celeba": celeba.celeba,
+    "qm9": qm9,
+    "qm9-lite": qm9_lite,
     "cifar10": cifar.cifar10,
     "cifar100": cifar.cifar100,
+    "cityscapes": cityscapes.cityscapes,
+    "cityscapes-release": cityscapes_release.cityscapes_release,
+    "nyuv2": nyuv2.nyuv2,
 }
 """Name -> `build(root, seed, **options)`. A new set is one line here."""
 

@@ -15,19 +15,27 @@ from equipoise.lab.tasks import Task
 
 
 class Inputs(Protocol):
-    """What a split needs of its inputs: a tensor has it, and so has what reads them on demand."""
+    """What a split needs of its inputs.
+
+    A tensor has it, and so have what reads them on demand, and `Graphs`.
+    """
 
     def __len__(self) -> int:
         """N."""
         ...
 
-    def __getitem__(self, index: Any, /) -> Tensor:
-        """The inputs (B, ...) at several indices, or the one input (...) at an int."""
+    def __getitem__(self, index: Any, /) -> Any:
+        """The inputs (B, ...) at several indices, or the one input (...) at an int.
+
+        A tensor, or anything with a method `to(device)`.
+        """
         ...
 
 
-Batch = tuple[Tensor, dict[str, Tensor]]
-IndexedBatch = tuple[Tensor, dict[str, Tensor], Tensor]
+Batch = tuple[Any, dict[str, Tensor]]
+"""What a model takes, and task name -> (B, ...) targets."""
+IndexedBatch = tuple[Any, dict[str, Tensor], Tensor]
+"""A batch, and (B,) the numbers of its samples in their split."""
 
 
 class DataError(EquipoiseError, ValueError):
@@ -38,7 +46,7 @@ class Split(Dataset[Batch]):
     """N samples; several indices at once give a batch in one indexing operation.
 
     Args:
-        inputs: (N, ...), a tensor or what gives tensors for indices. Bytes (uint8) stay bytes
+        inputs: (N, ...), a tensor or what gives a batch for indices. Bytes (uint8) stay bytes
             here, and are given out as float32 in [0, 1]: images take a quarter of the memory.
         targets: task name -> (N, ...).
 
@@ -58,11 +66,17 @@ class Split(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def seeded(self, shuffle_seed: int | None) -> Split:
+        """The samples as a pass with that seed has them; a set that varies them overrides this."""
+        return self
+
     def __getitem__(self, index: Tensor | Sequence[int] | int) -> Batch:
         """The batch (B, ...) at several indices, or the one sample (...) at an int."""
         targets = {task: target[index] for task, target in self.targets.items()}
         inputs = self.inputs[index]
-        return inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs, targets
+        if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
+            inputs = inputs.float() / 255
+        return inputs, targets
 
 
 class Indexed(Dataset[IndexedBatch]):
@@ -102,7 +116,8 @@ class Data:
         train: the samples to train on.
         val: the samples by which a model is selected.
         test: the samples that are measured once, at the end.
-        input_shape: shape of one input, (channels, height, width) for images.
+        input_shape: shape of one input, (channels, height, width) for images; for graphs the
+            numbers of features (of a node, of an edge).
         description: one sentence for `equipoise list` and the report page.
         groups: name -> tasks that belong together by what is known of the data, to judge a
             grouping by; nothing is trained with it. Empty where nothing is known.
@@ -145,10 +160,12 @@ def loader(
         batch_size: samples in a batch.
         shuffle_seed: None: in order. A number: shuffled anew in each pass, and loaders made with
             the same seed go through the same passes. An epoch that must be repeatable by itself
-            (to resume a run there) takes a loader with a seed of its own.
+            (to resume a run there) takes a loader with a seed of its own. A set that varies its
+            training samples does so in shuffled passes only, as the seed says.
         with_index: False: batches (inputs, targets). True: (inputs, targets, index), where
             index (B,) long says which samples of `split` they are, 0 to N - 1, whatever the order.
     """
+    split = split.seeded(shuffle_seed)
     generator = torch.Generator().manual_seed(shuffle_seed or 0)
     order = (
         SequentialSampler(split)

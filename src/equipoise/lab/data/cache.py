@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from equipoise.lab.files import replacing
+from equipoise.lab.files import DamagedError, read_json, replacing, write_text
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = dict[str, np.ndarray]
@@ -145,6 +145,26 @@ def name(stem: str, parameters: Mapping[str, object], sources: Iterable[str]) ->
     """The file name: `stem`, and a hash of the parameters and of the sources' checksums."""
     text = json.dumps([FORMAT, parameters, *sources], sort_keys=True)
     return f"{stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.bin"
+
+
+def write_down(path: Path | None, lists: Mapping[str, Sequence[int]]) -> None:
+    """Keep lists, those of a split for instance, in a JSON file for whoever wants the same ones.
+
+    Nothing reads it here; that it cannot be written is said in a notice. None: nowhere.
+    """
+    if path is None:
+        return
+    wanted = {name: [int(i) for i in entries] for name, entries in lists.items()}
+    try:
+        if path.exists() and read_json(path) == wanted:
+            return
+    except (DamagedError, OSError):
+        pass  # written again
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(wanted) + "\n")
+    except OSError as error:
+        notices.warning("%s cannot be kept (%s); going on without it.", path, error)
 
 
 def checksum(path: Path) -> str:

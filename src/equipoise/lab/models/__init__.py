@@ -11,15 +11,25 @@ from equipoise.lab import options
 from equipoise.lab.data.base import Data
 from equipoise.lab.models.cnn import CNN, cnn
 from equipoise.lab.models.lenet import LeNet, lenet
+from equipoise.lab.models.mpnn import MPNN, mpnn
+from equipoise.lab.models.pspnet import DilatedResNet50, resnet50_pspnet
 from equipoise.lab.models.resnet import ResNet18, resnet18
+from equipoise.lab.models.segnet import SegNet, segnet, segnet_mtan
 from equipoise.trunk import SharedTrunk
 
-__all__ = ["CNN", "MODELS", "LeNet", "ModelError", "ResNet18", "build", "canonical"]
+__all__ = [
+    "CNN", "MODELS", "MPNN", "DilatedResNet50", "LeNet", "ModelError", "ResNet18", "SegNet",
+    "build", "canonical",
+]  # fmt: skip
 
 MODELS: dict[str, Callable[..., SharedTrunk]] = {
     "lenet": lenet,
     "cnn": cnn,
     "resnet18": resnet18,
+    "resnet50-pspnet": resnet50_pspnet,
+    "mpnn": mpnn,
+    "segnet": segnet,
+    "segnet-mtan": segnet_mtan,
 }
 """Name -> `build(data, **options)`: the model for a data set. A new model is one line here."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from equipoise.lab.data.base import Data
+from equipoise.lab.models.fit import images, samplewise
 from equipoise.trunk import SharedTrunk
 
 MINIMUM = 8  # pixels: the smallest side that a 5 x 5 convolution and two poolings leave anything of
@@ -89,10 +90,7 @@ def cnn(data: Data, *, width: int = 32, features: int = 128, dropout: float = 0.
     Raises:
         ValueError: inputs that are no images or too small ones, or an option that cannot be.
     """
-    if len(data.input_shape) != 3:
-        raise ValueError(
-            f"the CNN takes images (channels, height, width); {data.name} has inputs of shape "
-            f"{data.input_shape}."
-        )
-    trunk = CNN(*data.input_shape, width, features, dropout)
+    shape = images(data, "the CNN")
+    samplewise(data, "the CNN")
+    trunk = CNN(*shape, width, features, dropout)
     return SharedTrunk(trunk, {task.name: nn.Linear(features, task.outputs) for task in data.tasks})

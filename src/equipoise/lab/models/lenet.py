@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from equipoise.lab.data.base import Data
+from equipoise.lab.models.fit import images, samplewise
 from equipoise.trunk import SharedTrunk
 
 FEATURES = 50
@@ -56,15 +57,12 @@ def lenet(data: Data) -> SharedTrunk:
     Raises:
         ValueError: inputs that are no images, or too small ones.
     """
-    if len(data.input_shape) != 3:
-        raise ValueError(
-            f"LeNet takes images (channels, height, width); {data.name} has inputs of shape "
-            f"{data.input_shape}."
-        )
+    shape = images(data, "LeNet")
+    samplewise(data, "LeNet")
     heads = {
         task.name: nn.Sequential(
             nn.Linear(FEATURES, FEATURES), nn.ReLU(), nn.Linear(FEATURES, task.outputs)
         )
         for task in data.tasks
     }
-    return SharedTrunk(LeNet(*data.input_shape), heads)
+    return SharedTrunk(LeNet(*shape), heads)

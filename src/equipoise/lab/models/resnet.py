@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from equipoise.lab.data.base import Data
+from equipoise.lab.models.fit import images, samplewise
 from equipoise.trunk import SharedTrunk
 
 Stem = Literal["standard", "small"]
@@ -119,11 +120,8 @@ def resnet18(
     Raises:
         ValueError: inputs that are no images, or a width that cannot be.
     """
-    if len(data.input_shape) != 3:
-        raise ValueError(
-            f"ResNet-18 takes images (channels, height, width); {data.name} has inputs of shape "
-            f"{data.input_shape}."
-        )
-    trunk = ResNet18(data.input_shape[0], width, stem, features)
+    channels, *_ = images(data, "ResNet-18")
+    samplewise(data, "ResNet-18")
+    trunk = ResNet18(channels, width, stem, features)
     heads = {task.name: nn.Linear(trunk.width, task.outputs, bias=head_bias) for task in data.tasks}
     return SharedTrunk(trunk, heads)

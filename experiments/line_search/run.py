@@ -1,0 +1,102 @@
+"""Line searches against tuned steps, on MultiMNIST and CIFAR-10: all training runs.
+
+    python -m experiments.line_search.run --data-root DIR --out runs/line_search
+        [--sets multimnist cifar10] [--seeds 0 1 2] [--jobs 2]
+
+On each set: SGD on the summed loss at the 8 steps logspace(-3, -1) of the thesis, MGDA-UB at the
+same steps, and the line searches, which are not tuned: BLS with beta 0.1 to 0.4, FBLS as in the
+thesis, with the matched latent scale, and verified. The upper bound of the step is halved ten times
+in a training, as in the thesis (there every 10 of 100 epochs).
+
+MultiMNIST in the thesis' geometry (one digit 4 pixels to the left, the other 4 to the right) with
+LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL. DIR holds MNIST/raw and
+cifar-10-batches-py.
+
+Killed and started again, it goes on where it was; finished runs are never repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.common import Part
+
+STEPS = tuple(float(f"{step:.4g}") for step in np.logspace(-3, -1, 8))
+
+SETS: dict[str, dict[str, Any]] = {
+    "multimnist": {
+        "data": "multimnist(canvas=(28, 36), right=(0, 8), train=12000, val=2000, test=10000)",
+        "model": "lenet",
+        "epochs": 30,
+        "batch_size": 256,
+    },
+    "cifar10": {
+        "data": "cifar10(tasks=g1, train=5000, val=1000, test=5000, metric=accuracy)",
+        "model": "cnn",
+        "epochs": 10,
+        "batch_size": 256,
+    },
+}
+EVERY = {name: settings["epochs"] // 10 for name, settings in SETS.items()}
+"""Epochs after which the upper bound is halved."""
+
+BETAS = (0.1, 0.2, 0.3, 0.4)
+FAST = {
+    "FBLS, literal": "",
+    "FBLS, matched": "latent_scale=matched",
+    "FBLS, verified": "verify=true",
+    "FBLS, matched, verified": "latent_scale=matched, verify=true",
+    "FBLS, matched, adaptive": "latent_scale=matched, adapt=true",
+}
+
+
+def searches(name: str) -> dict[str, str]:
+    """Name -> recipe of every line search on a set."""
+    every = f"halve_every={EVERY[name]}"
+    betas = BETAS if name == "multimnist" else BETAS[:1]
+    found = {f"BLS, beta {beta}": f"bls(beta={beta}, {every})+mgda" for beta in betas}
+    found["BLS on the sum"] = f"bls(objective=sum, {every})"
+    for form, options in FAST.items():
+        inside = ", ".join(filter(None, (options, "" if "adapt" in options else every)))
+        found[form] = f"fbls({inside})+mgda"
+    return found
+
+
+def parts(name: str) -> dict[str, Part]:
+    """Folder -> the runs in it; those of one folder differ in recipe and seed alone."""
+    common = SETS[name]
+    found = {"searched": Part(tuple(searches(name).values()), common)}
+    for step in STEPS:
+        settings = {**common, "optimizer": "sgd", "lr": step}
+        found[f"step-{step:g}"] = Part(("ew", "mgda-ub"), settings)
+    return found
+
+
+def main() -> None:
+    """Make all runs, seed by seed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data-root", required=True, help="the folder with MNIST, cifar-10-...")
+    parser.add_argument("--out", type=Path, default=Path("runs/line_search"))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    arguments = parser.parse_args()
+    for name in arguments.sets:
+        made: list[int] = []
+        for seed in arguments.seeds:
+            made.append(seed)  # what a comparison has made stays in its table
+            for folder, part in parts(name).items():
+                part.train(
+                    arguments.out / name / folder,
+                    made,
+                    arguments.jobs,
+                    data_root=arguments.data_root,
+                )
+
+
+if __name__ == "__main__":
+    main()
