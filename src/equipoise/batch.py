@@ -271,8 +271,7 @@ class Batch:
         expected = length(g for g in steps if g is not None) ** 2
         if not abs(square - expected) <= 1e-3 * expected:
             return None
-        found = found or [0.0] * len(self.labels.names)
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found or [0.0] * len(self.labels.names), dtype=torch.float64)
 
     def fill(self, rows: Rows) -> Rows:
         """One trunk backward for each present task, each into its row."""
