@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from equipoise.lab import data as datasets
-from equipoise.lab import models
+from equipoise.lab import models, searches
 from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
@@ -34,6 +34,7 @@ logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces 
 Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 PROBES = 16  # batches on which conflict/probe is measured
 
 
@@ -97,8 +98,9 @@ class Run:
         losses = {task.name: task.loss for task in self.data.tasks}
         self.steps = len(loader(self.data.train, config.batch_size, shuffle_seed=None))
         self.step = Recipe.parse(config.recipe).build(
-            model, losses, config.lr, self.steps, seed=config.seed
-        )
+            model, losses, config.lr, self.steps,
+            optimizer=OPTIMIZERS[config.optimizer], seed=config.seed,
+        )  # fmt: skip
         self.schedule = Schedule(config.schedule, self.step.optimizer)
         self.model = self.step.model  # for the baseline, one network a task
         self.rows: list[dict[str, Any]] = []
@@ -144,6 +146,7 @@ class Run:
             **columns("loss/train", names, (r.losses for r in reports)),
             **columns("weight", names, (r.weights for r in reports)),
             **columns("coefficient", names, (r.coefficients for r in reports)),
+            **searches.columns(reports),
             "conflict/steps": mean_conflict(grams) if grams else None,
             "conflict/flat": mean_conflict(flat) if flat else None,
         }

@@ -115,7 +115,7 @@ class LineSearch:
 
     @property
     def needs_products(self) -> bool:
-        """Whether the products <g_t, d> of the shared direction are asked for at all."""
+        """Whether the products `<g_t, d>` of the shared direction are asked for at all."""
         return self.rule != "head"
 
     def content_with(self, known: Tensor) -> bool:
