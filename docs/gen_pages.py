@@ -71,5 +71,5 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 if __name__ == "__main__":
-    for axis in ("weighting", "aggregation", "baseline"):
+    for axis in ("weighting", "aggregation", "line search", "baseline"):
         print(methods_table(axis), end="\n\n")

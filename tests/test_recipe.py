@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import equipoise as eq
+from equipoise.combine import works_on_features
 from equipoise.registry import AGGREGATORS, METHODS, WEIGHTINGS
-from equipoise.rows import works_on_features
 
 parse = eq.Recipe.parse
 
@@ -228,6 +228,11 @@ def test_what_cannot_be_read(text: str, words: str) -> None:
         ("stl+mgda", "stl", "mgda"),
         ("igbv1+stl", "stl", "igbv1"),
         ("stl+stl", "stl", "stl"),
+        ("bls+fbls", "bls", "fbls"),
+        ("stl+bls", "stl", "bls"),
+        ("bls+mgda-ub", "bls", "mgda-ub"),
+        ("fbls(verify=true)+f-mgda", "fbls(verify=true)", "f-mgda"),
+        ("db-mtl+fbls", "fbls", "db-mtl"),
     ],
 )
 def test_senseless_combinations_name_both(text: str, one: str, other: str) -> None:
@@ -244,7 +249,8 @@ def test_senseless_combinations_name_both(text: str, one: str, other: str) -> No
 
 def test_the_registry() -> None:
     assert eq.Recipe.known() == list(METHODS.values())
-    assert {m.axis for m in METHODS.values()} == {"weighting", "aggregation", "baseline"}
+    axes = {"weighting", "aggregation", "line search", "baseline"}
+    assert {m.axis for m in METHODS.values()} == axes
     for token, method in METHODS.items():
         assert method.token == token == token.lower()
         assert method.summary.endswith("."), token

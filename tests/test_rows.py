@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import equipoise as eq
+from equipoise.combine import combine
 from equipoise.ranks import Ranks
-from equipoise.rows import Rows, combine
+from equipoise.rows import Rows
 
 SHAPES = [(2, 3), (4,), (), (0, 5)]
 

@@ -33,10 +33,10 @@ MOLECULES = {
     "schedule": "plateau",
 }
 IMAGES = {
-    "data": "multifashion-mnist(train=12000, val=2000, test=10000)",
+    "data": "multifashion-mnist(train=6000, val=2000, test=10000)",
     "model": "lenet",
     "epochs": 40,
-    "batch_size": 120,
+    "batch_size": 60,
     "lr": 1e-3,
 }
 HALVED = {**IMAGES, "schedule": "halve(every=13)"}

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from equipoise import aggregation, diagnostics, grouping, sharpness, weighting
+from equipoise import aggregation, diagnostics, grouping, line_search, sharpness, weighting
 from equipoise.aggregation import (
     DBMTL,
     EDM,
@@ -27,6 +27,7 @@ from equipoise.aggregation import (
     UPGrad,
     every,
 )
+from equipoise.combine import Combination
 from equipoise.errors import (
     CombinationError,
     EquipoiseError,
@@ -36,9 +37,9 @@ from equipoise.errors import (
     TaskError,
 )
 from equipoise.gradients import backward
+from equipoise.line_search import Backtracking, FastBacktracking, LineSearch
 from equipoise.recipe import Recipe
 from equipoise.replay import Replay, frozen_buffers
-from equipoise.rows import Combination
 from equipoise.sharpness import TaskSharpness
 from equipoise.step import Step
 from equipoise.step_report import StepReport
@@ -82,6 +83,7 @@ __all__ = [
     "UW",
     "Aggregator",
     "AlignedMTL",
+    "Backtracking",
     "CAGrad",
     "Combination",
     "CombinationError",
@@ -90,6 +92,7 @@ __all__ = [
     "EquipoiseError",
     "Every",
     "FairGrad",
+    "FastBacktracking",
     "Fixed",
     "GradDrop",
     "GradNorm",
@@ -97,6 +100,7 @@ __all__ = [
     "GramAggregator",
     "IGBv1",
     "IGBv2",
+    "LineSearch",
     "MaxNorm",
     "Mean",
     "MissingExtraError",
@@ -121,6 +125,7 @@ __all__ = [
     "every",
     "frozen_buffers",
     "grouping",
+    "line_search",
     "sharpness",
     "weighting",
 ]

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from equipoise.boundary import Boundary, Gradients, through_trunk, weighted_sum
+from equipoise.boundary import (
+    Boundary,
+    Gradients,
+    along_trunk,
+    through_trunk,
+    weighted_sum,
+)
+from equipoise.combine import Combination, Descent, combine_features
 from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
 from equipoise.labels import Labels, check_loss
-from equipoise.linalg import finite_norm
+from equipoise.linalg import finite_norm, inner, length, on_host
 from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, Replay, replayed
-from equipoise.rows import Combination, Rows, combine_features
+from equipoise.rows import Rows
 from equipoise.trunk import SharedTrunk
 
 TRUNK = "trunk"
@@ -83,8 +90,15 @@ class Batch:
             for k, task in enumerate(labels.names):
                 with recording(k, model.heads[task]):
                     self.values.append(self._loss(k, self.features.of(k)))
-        self.losses = self._joint_losses()
+        self.losses = self._joint(self.values)
+        for task, loss in zip(labels.names, self.losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
+                )
         self._sent_back: list[Gradients] = []
+        self.latent: Gradients = []
+        self._linear: tuple[Gradients, Gradients] = [], []
 
     def _loss(self, k: int, features: Any) -> Tensor | None:
         task = self.labels.names[k]
@@ -108,21 +122,16 @@ class Batch:
             raise TaskError(task, "loss is not connected to the network; was it detached?")
         return loss
 
-    def _joint_losses(self) -> Tensor:
-        known = [value.detach() for value in self.values if value is not None]
-        here = torch.zeros(len(self.values), dtype=torch.float64)
+    def _joint(self, values: Sequence[Tensor | None]) -> Tensor:
+        """(T',) the losses of the joint batch from those of this process, float64 on the CPU."""
+        known = [value.detach() for value in values if value is not None]
+        here = torch.zeros(len(values), dtype=torch.float64)
         if known:  # one copy to the host for all
             common = known[0].device
             dtype = functools.reduce(torch.promote_types, {value.dtype for value in known})
             numbers = torch.stack([value.to(common, dtype) for value in known])
-            here[[value is not None for value in self.values]] = numbers.to("cpu", torch.float64)
-        joint = self.ranks.sum(here if self.ranks.alone else here * self.labels.shares)
-        for task, loss in zip(self.labels.names, joint.tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
-                )
-        return joint
+            here[[value is not None for value in values]] = numbers.to("cpu", torch.float64)
+        return self.ranks.sum(here if self.ranks.alone else here * self.labels.shares)
 
     def features_again(self) -> Any:
         """What the trunk returns for its parameters as they are by now, with the same draws."""
@@ -143,6 +152,23 @@ class Batch:
         assert self.replay is not None
         with self.replay.again(k):
             return self._loss(k, self.features.of(k) if features is None else features)
+
+    def losses_again(self, latent: tuple[Gradients, float] | None = None) -> Tensor:
+        """All losses for the parameters as they are by now, with the same draws and no graph.
+
+        Args:
+            latent: for features moved from those of the first pass, of which the trunk makes no
+                new ones: along what, and how far. None: through the whole network.
+
+        Returns:
+            (T',) float64 on the CPU, of the joint batch; they need not be finite.
+        """
+        with torch.no_grad(), self.ranks.agreeing():
+            torch.clear_autocast_cache()  # it holds half-precision copies of the parameters
+            features = self.features_again() if latent is None else self.features.moved(*latent)
+            values = [self.loss_again(k, features) for k in range(len(self.labels.names))]
+            torch.clear_autocast_cache()
+        return self._joint(values)
 
     def losses_now(self, state: RandomState) -> Tensor:
         """The same losses with the parameters as they are by now: one forward, no graph.
@@ -195,18 +221,57 @@ class Batch:
 
     def trunk_backward(self, weights: Tensor) -> Gradients:
         """The trunk's gradients if task k counts `weights[k]`: one backward."""
-        return self._below(weighted_sum(self._sent_back, weights[: len(self._sent_back)]))
+        self.latent = weighted_sum(self._sent_back, weights[: len(self._sent_back)])
+        return self._below()
 
-    def features_backward(self, aggregator: Any) -> tuple[Combination, Gradients]:
-        """The trunk's gradients if the aggregator combines those of the features: one backward."""
-        result, together = combine_features(
-            self._sent_back, self.features.outputs, aggregator, self.losses, self.ranks
+    def features_backward(
+        self, aggregator: Any, descent: Descent | None = None, again: bool = False
+    ) -> tuple[Combination, Gradients]:
+        """The trunk's gradients if the aggregator combines those of the features: one backward.
+
+        Args:
+            aggregator: combines them.
+            descent: what a line search asks of the direction.
+            again: whether the trunk will be passed again, by `slopes` or `fill`.
+        """
+        result, self.latent = combine_features(
+            self._sent_back, self.features.outputs, aggregator, self.losses, self.ranks, descent
         )
-        return result, self._below(together)
+        return result, self._below(again)
 
-    def _below(self, together: Gradients) -> Gradients:
-        gradients = through_trunk(self.features.outputs, self.trunk_parameters, together)
-        return self.ranks.sum_gradients(gradients, self.trunk_parameters)
+    def _below(self, again: bool = False) -> Gradients:
+        starts = self.latent
+        if again:
+            starts = [None if u is None else u.detach().requires_grad_() for u in starts]
+        found = through_trunk(
+            self.features.outputs, self.trunk_parameters, starts, create_graph=again
+        )
+        if again:
+            self._linear = found, starts
+            found = [None if g is None else g.detach() for g in found]
+        return self.ranks.sum_gradients(found, self.trunk_parameters)
+
+    def slopes(self, steps: Gradients) -> Tensor | None:
+        """(T',) products `<g_t, v>` of the tasks' trunk gradients with v = J^T d_z; without g_t.
+
+        They are `<q_t, J v>`, and J v is one derivative of the backward pass that gave v.
+
+        Args:
+            steps: what `features_backward` with `again` gave.
+
+        Returns:
+            float64 on the CPU; None if a layer has no such derivative, or a wrong one:
+            `<d_z, J v>` has to be |v|^2.
+        """
+        moves = along_trunk(*self._linear, steps)
+        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64)
+        if moves is not None:
+            numbers = on_host([inner(own, moves) for own in (*self._sent_back, self.latent)])
+        *found, square = self.ranks.sum(numbers).tolist()
+        expected = length(g for g in steps if g is not None) ** 2
+        if not abs(square - expected) <= 1e-3 * expected:
+            return None
+        return torch.tensor(found or [0.0] * len(self.labels.names), dtype=torch.float64)
 
     def fill(self, rows: Rows) -> Rows:
         """One trunk backward for each present task, each into its row."""

@@ -54,6 +54,18 @@ class Boundary:
         """The features as the k-th head sees them."""
         return pytree.tree_unflatten(self._copies[k], self._spec)
 
+    def moved(self, direction: Sequence[Tensor | None], size: float) -> Any:
+        """The features at z - size direction, detached; None: where it does not move them."""
+        leaves = list(self._leaves)
+        for i, step in zip(self._cut, direction, strict=True):
+            z = leaves[i].detach()
+            leaves[i] = z if step is None else torch.sub(z, step, alpha=size)
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def samples(self) -> int:
+        """How many samples there are: the first dimension of the first output."""
+        return len(self.outputs[0]) if self.outputs and self.outputs[0].dim() else 1
+
     def sort(self, gradients: Sequence[Tensor | None]) -> list[Gradients]:
         """Gradients of `inputs` as a list for each copy with an entry for each output."""
         n = len(self.outputs)
@@ -65,15 +77,60 @@ def through_trunk(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     retain_graph: bool = False,
+    create_graph: bool = False,
 ) -> Gradients:
-    """Gradients of the trunk's parameters from gradients of its outputs: one trunk backward."""
+    """Gradients of the trunk's parameters from gradients of its outputs: one trunk backward.
+
+    With `create_graph` they can be derived by the gradients of the outputs (`along_trunk`).
+    """
     ends = [z for z, g in zip(outputs, gradients, strict=True) if g is not None]
     if not ends or not parameters:
         return [None] * len(parameters)
     starts = [g for g in gradients if g is not None]
     return list(
-        torch.autograd.grad(ends, parameters, starts, retain_graph=retain_graph, allow_unused=True)
+        torch.autograd.grad(
+            ends,
+            parameters,
+            starts,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
     )
+
+
+def along_trunk(
+    gradients: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None],
+) -> Gradients | None:
+    """How the trunk's outputs move along steps of its parameters: J v, from J^T u.
+
+    J^T u is linear in u, so its derivative by u, against v, is J v: one pass, which holds no
+    activations but those of the backward pass.
+
+    Args:
+        gradients: J^T u for each parameter, from `through_trunk` with `create_graph`.
+        starts: u, requiring gradients, for each output.
+        steps: v for each parameter.
+
+    Returns:
+        J v for each output; None if some layer's backward pass has no derivative.
+    """
+    pairs = [
+        (g, v.to(g))
+        for g, v in zip(gradients, steps, strict=True)
+        if g is not None and v is not None and g.requires_grad
+    ]
+    wanted = [u for u in starts if u is not None]
+    if not pairs or not wanted:
+        return None
+    ends, against = zip(*pairs, strict=True)
+    try:
+        found = iter(torch.autograd.grad(ends, wanted, against, True, allow_unused=True))
+    except RuntimeError:  # whoever asks has another way
+        return None
+    return [None if u is None else next(found) for u in starts]
 
 
 def weighted_sum(per_task: Sequence[Gradients], weights: Tensor) -> Gradients:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from equipoise.combine import works_on_features
 from equipoise.errors import CombinationError, TaskError, nearest
-from equipoise.rows import works_on_features
 from equipoise.sharpness import TaskSharpness
 from equipoise.trunk import SeparateTrunks
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from equipoise.boundary import Gradients, through_trunk, weighted_sum
+from equipoise.combine import Combination, combine, combine_features, works_on_features
 from equipoise.errors import (
     NOT_FINITE,
     CombinationError,
@@ -20,7 +21,7 @@ from equipoise.errors import (
 from equipoise.labels import check_loss
 from equipoise.linalg import finite_norm
 from equipoise.ranks import Ranks
-from equipoise.rows import Combination, Rows, combine, combine_features, works_on_features
+from equipoise.rows import Rows
 
 
 def backward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,34 @@ def finite_norm(gradients: Iterable[Tensor | None]) -> float | None:
     norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
     finite = math.isfinite(norm) or all(bool(g.isfinite().all()) for g in found)
     return norm if finite else None
+
+
+def inner_products(rows: Tensor, vector: Tensor) -> Tensor:
+    """(T,) products of the rows (T, P) with a vector (P,), formed as in `gram_matrix`."""
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    found = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+    step = max(1, CHUNK // max(1, len(rows)))
+    for start in range(0, rows.shape[1], step):
+        piece = slice(start, start + step)
+        found.addmv_(rows[:, piece].detach().to(dtype), vector[piece].detach().to(dtype))
+    return found
+
+
+def inner(a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> Tensor:
+    """The product of two vectors given in pieces, None for zeros: a scalar formed in float64."""
+    found = [
+        inner_products(x.reshape(1, -1), y.reshape(-1))
+        for x, y in zip(a, b, strict=True)
+        if x is not None and y is not None
+    ]
+    return torch.cat(found).sum() if found else torch.zeros((), dtype=torch.float64)
+
+
+def on_host(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars as one float64 vector on the CPU, in one copy where they lie together."""
+    if len({scalar.device for scalar in scalars}) > 1:
+        scalars = [scalar.cpu() for scalar in scalars]
+    return torch.stack(list(scalars)).to("cpu", torch.float64)
 
 
 def length(pieces: Iterable[Tensor]) -> float:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from equipoise.batch import Batch
 from equipoise.boundary import Gradients
+from equipoise.combine import Combination, combine
 from equipoise.errors import NonFiniteError
 from equipoise.linalg import length
-from equipoise.rows import Combination, Rows, combine
+from equipoise.rows import Rows
 from equipoise.sharpness import TINY, TaskSharpness
 
 
@@ -32,6 +33,18 @@ class Sharpened(NamedTuple):
     result: Combination | None
 
 
+class FirstLook(NamedTuple):
+    """What was there before the second look took its place.
+
+    Attributes:
+        rows: (T', columns of this process) the clean rows.
+        direction: (P,) that they gave.
+    """
+
+    rows: Tensor
+    direction: Tensor
+
+
 class SecondLook:
     """Gradients of the losses of a batch at the points that TaskSharpness asks for.
 
@@ -41,7 +54,13 @@ class SecondLook:
         heads: gradients of the head parameters, as `Batch.heads_backward` gave them.
         factors: (T',) by which each loss is multiplied.
         sharpness: which points.
+        keep: whether what it takes the place of will still be asked for.
+
+    Attributes:
+        before: that, if so.
     """
+
+    before: FirstLook | None = None
 
     def __init__(
         self,
@@ -50,6 +69,7 @@ class SecondLook:
         heads: Gradients,
         factors: Tensor,
         sharpness: TaskSharpness,
+        keep: bool = False,
     ) -> None:
         self.batch = batch
         self.rows = rows
@@ -60,6 +80,7 @@ class SecondLook:
         self.flat: Tensor | None = None  # the flat part, if this step computes it
         self.seeds = (factors * batch.labels.shares).tolist()
         self.heads: list[Group] = []
+        self.keep = keep
         for parameters in batch.head_parameters.values():
             own, heads = heads[: len(parameters)], heads[len(parameters) :]
             self.heads.append(Group(parameters, own, sharpness.length(parameters, own)))
@@ -81,6 +102,8 @@ class SecondLook:
             NonFiniteError: a gradient at a perturbed point; names the task.
         """
         sharp = self.sharpness
+        if self.keep:
+            self.before = FirstLook(self.rows.filled.clone(), direction.clone())
         self.length = length([direction])
         held = sharp.held(direction, self.batch.labels.present, self.length)
         if held is not None:

@@ -22,6 +22,7 @@ class Ranks:
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.size: int = dist.get_world_size() if together else 1
+        self.rank: int = dist.get_rank() if together else 0
         # What lies on the CPU travels on the GPU where the backend knows nothing else.
         on_gpu = self.size > 1 and dist.get_backend() == "nccl"
         self._wire = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
@@ -87,6 +88,12 @@ class Ranks:
         # Newer torch has renamed it.
         reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         reduce_scatter(out, row)
+
+    def own_part(self, row: Tensor, columns: int) -> Tensor:
+        """This process's slice of `columns` numbers of a row that is the same on all."""
+        if self.alone:
+            return row
+        return row[self.rank * columns : (self.rank + 1) * columns]
 
     def gather(self, piece: Tensor) -> Tensor:
         """The slices of all processes, joined along the last dimension."""

@@ -63,11 +63,14 @@ class Recipe:
         aggregator: how gradients become one direction, and from which points: `f-` before it for
             task-based flat regions, `a-` for the naive way; default sum.
         is_stl: one network for each task instead, with neither of the two.
+        line_search: how far a step goes; None: as far as the optimizer says. Beside one that works
+            among the features an aggregator does so too, and is written without its `-ub`.
     """
 
     weighting: Stage = field(default_factory=lambda: Stage(METHODS["ew"]))
     aggregator: Stage = field(default_factory=lambda: Stage(METHODS["sum"]))
     is_stl: bool = False
+    line_search: Stage | None = None
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
@@ -90,18 +93,25 @@ class Recipe:
                 f"recipe {text!r}: stl trains one network for each task, where {other} has "
                 "nothing to balance; use one of the two."
             )
-        aggregator = stages.get("aggregation", cls().aggregator)
+        search = stages.get("line search")
+        aggregator = stages.get("aggregation", _usual_aggregator(search))
+        if search is not None:
+            aggregator = _beside_search(aggregator, search, text)
         usual = Stage(METHODS[aggregator.method.beside])
-        return cls(stages.get("weighting", usual), aggregator, "baseline" in stages)
+        return cls(stages.get("weighting", usual), aggregator, "baseline" in stages, search)
 
     def __str__(self) -> str:
         if self.is_stl:
             return "stl"
-        default = Recipe()
-        usual = (Stage(METHODS[self.aggregator.method.beside]), default.aggregator)
-        stages = (self.weighting, self.aggregator)
-        parts = [str(stage) for stage, other in zip(stages, usual, strict=True) if stage != other]
-        return "+".join(parts) or str(default.weighting)
+        parts = []
+        if self.weighting != Stage(METHODS[self.aggregator.method.beside]):
+            parts.append(str(self.weighting))
+        if self.line_search is not None:
+            parts.append(str(self.line_search))
+        if self.aggregator != _usual_aggregator(self.line_search):
+            text = str(self.aggregator)
+            parts.append(text if self.line_search is None else text.replace("-ub", "", 1))
+        return "+".join(parts) or str(Recipe().weighting)
 
     @property
     def plain(self) -> Recipe | None:
@@ -142,7 +152,9 @@ class Recipe:
             losses: task name -> callable(output, target).
             lr: learning rate.
             steps_per_epoch: batches in one epoch.
-            optimizer: makes the optimizer from (parameters, lr=lr).
+            optimizer: makes the optimizer from (parameters, lr=lr). Beside a line search that makes
+                its steps (`needs_sgd`) plain SGD takes the place of Adam, and `lr` serves the
+                weighting's parameters alone.
             seed: of the stages' private generators; None: from torch's global generator.
             task_weights: (T,) constant factors of the weighted losses, see Fixed; None: none.
 
@@ -163,15 +175,59 @@ class Recipe:
             stages.append(stage.build(**context))
         if task_weights is not None:
             stages[0] = with_task_weights(stages[0], task_weights)
+        search = None if self.line_search is None else self.line_search.build(**context)
+        if self.needs_sgd and optimizer is torch.optim.Adam:
+            optimizer = torch.optim.SGD
         return Step(
             model,
             losses,
             optimizer(model.parameters(), lr=lr),
             *stages,
             self.aggregator.build_sharpness(),
+            search,
             level=self.aggregator.method.level,
             heads=self.aggregator.heads(),
         )
+
+    @property
+    def needs_sgd(self) -> bool:
+        """Whether a line search makes the steps, for which the optimizer has to be plain SGD."""
+        return self.line_search is not None and self.line_search.build().moves == "gradient"
+
+
+def _usual_aggregator(search: Stage | None) -> Stage:
+    """The aggregator of a recipe that names none."""
+    if search is None:
+        return Stage(METHODS["sum"])
+    method = METHODS[search.method.beside]
+    return Stage((search.method.level == "features" and method.on_features) or method)
+
+
+def _beside_search(aggregator: Stage, search: Stage, text: str) -> Stage:
+    """The aggregator at the level at which a line search works.
+
+    Raises:
+        CombinationError: it cannot work there.
+    """
+    method = aggregator.method
+    if search.method.level == "parameters":
+        if method.level == "features":
+            raise CombinationError(
+                f"recipe {text!r}: {search} looks at the whole network, {aggregator} at the "
+                f"features alone. Write {method.token.removesuffix('-ub')}, or fbls."
+            )
+        return aggregator
+    if method.sharpness is not None:
+        raise CombinationError(
+            f"recipe {text!r}: {search} works on the features, {aggregator} needs the gradients "
+            "of the parameters. Use bls."
+        )
+    there = method.on_features
+    if there is None:
+        raise CombinationError(
+            f"recipe {text!r}: {search} works on the features, where {aggregator} cannot. Use bls."
+        )
+    return Stage(there, aggregator.parameters)
 
 
 def _split(text: str) -> list[str]:

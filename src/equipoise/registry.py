@@ -30,7 +30,8 @@ from equipoise.aggregation import (
     Sum,
     UPGrad,
 )
-from equipoise.rows import works_on_features
+from equipoise.combine import works_on_features
+from equipoise.line_search import Backtracking, FastBacktracking, LineSearch
 from equipoise.sharpness import TaskSharpness
 from equipoise.weighting import (
     DWA,
@@ -50,7 +51,7 @@ from equipoise.weighting import (
     IGBv2,
 )
 
-Axis = Literal["weighting", "aggregation", "baseline"]
+Axis = Literal["weighting", "aggregation", "line search", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Method:
         axis: which question it answers.
         factory: the class; parameters in parentheses go to its constructor.
         level: the level at which an aggregator works.
-        beside: the weighting that a recipe has if it names this aggregator and no weighting.
+        beside: the weighting that a recipe has if it names this aggregator and no weighting; the
+            aggregator that it has if it names this line search and no aggregator.
         usual: parameters whose default here is another than the factory's.
         sharpness: for an aggregator in flat regions: what is fixed of its TaskSharpness; the
             parameters of both are then given together.
@@ -88,6 +90,11 @@ class Method:
         if self.sharpness is not None:  # its `every` holds the flat part
             return {**own, **self._sharpness_parameters}
         return {**own, **OF_COEFFICIENTS} if self._has_coefficients_to_keep else own
+
+    @property
+    def on_features(self) -> Method | None:
+        """An aggregator's entry at the feature level; None if it cannot work there."""
+        return self if self.level == "features" else METHODS.get(f"{self.token}-ub")
 
     @property
     def _sharpness_parameters(self) -> dict[str, Any]:
@@ -191,6 +198,11 @@ AGGREGATORS: dict[str, Callable[..., Any]] = {
     "max-norm": MaxNorm,
     "db-mtl": DBMTL,
 }
+LINE_SEARCHES: dict[str, tuple[type[LineSearch], str]] = {
+    "bls": (Backtracking, "sum"),
+    "fbls": (FastBacktracking, "mgda"),
+}
+"""Line searches, each with the aggregator that a recipe has if it names none."""
 BESIDE: dict[str, str] = {"db-mtl": "si"}
 """Aggregators of methods that also say how losses are weighted."""
 
@@ -227,6 +239,8 @@ def _methods() -> dict[str, Method]:
         methods.append(Method(token, "aggregation", factory, beside=beside))
         if works_on_features(factory):  # others need the rows of the parameters themselves
             methods.append(Method(f"{token}-ub", "aggregation", factory, "features", beside))
+    for token, (factory, beside) in LINE_SEARCHES.items():
+        methods.append(Method(token, "line search", factory, factory.level, beside))
     methods.append(Method("stl", "baseline", single_task))
     return {method.token: method for method in methods}
 

@@ -1,25 +1,17 @@
-"""From losses to rows, and from rows to one direction."""
+"""The task gradients of the shared parameters, row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from equipoise.boundary import (
-    Gradients,
-    entrywise_sum,
-    feature_gram,
-    signed_sums,
-    weighted_sum,
-)
-from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
-from equipoise.linalg import gram_matrix
+from equipoise.boundary import Gradients
+from equipoise.errors import EquipoiseError
+from equipoise.linalg import gram_matrix, inner_products
 from equipoise.ranks import Ranks
 
 
@@ -153,6 +145,25 @@ class Rows:
         """(filled, filled) inner products over all P columns, float64."""
         return self.ranks.sum(gram_matrix(self.filled))
 
+    def products(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(filled,) products with a direction (P,), float64 on the CPU.
+
+        Args:
+            direction: the same on every process.
+            rows: a copy of `filled`; None: the rows as they are.
+        """
+        rows = self.filled if rows is None else rows
+        own = self.ranks.own_part(direction, rows.shape[1])
+        return self.ranks.sum(inner_products(rows[:, : len(own)], own)).cpu()
+
+    def joined(self, pieces: Gradients) -> Tensor:
+        """(P,) one vector from pieces shaped as the parameters; None is zeros."""
+        vector = self.buffer.new_zeros(sum(self._sizes))
+        for view, piece in zip(self._split(vector), pieces, strict=True):
+            if piece is not None:
+                view.copy_(piece)
+        return vector
+
     def combine(self, coefficients: Tensor) -> Tensor:
         """(P,) sum of coefficient times row."""
         return self.ranks.gather(coefficients.to(self.buffer) @ self.filled)
@@ -185,94 +196,3 @@ def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     for dtype_of_one in {p.dtype for p in parameters}:
         dtype = torch.promote_types(dtype, dtype_of_one)
     return dtype
-
-
-@dataclass
-class Combination:
-    """How task gradients became one direction.
-
-    Attributes:
-        coefficients: (T,) float64 on the CPU; None for a callable that does not say.
-        gram: (T, T) float64 on the CPU; None where no inner products were needed.
-        flat: the same of the second look, where there was one.
-    """
-
-    coefficients: Tensor | None
-    gram: Tensor | None = None
-    flat: Combination | None = None
-
-
-def coefficients(aggregator: Any, gram: Tensor, losses: Tensor, ranks: Ranks) -> Tensor:
-    """The aggregator's coefficients (T,), the same to the last bit on all processes."""
-    with_losses = (losses,) if getattr(aggregator, "needs_losses", False) else ()
-    w = ranks.from_first(aggregator.coefficients(gram, *with_losses))
-    if w.shape != gram.shape[:1] or not bool(torch.isfinite(w).all()):
-        raise EquipoiseError(
-            f"{type(aggregator).__name__}.coefficients returned {w.tolist()}; it must return one "
-            f"finite number for each of the {len(gram)} tasks."
-        )
-    return w
-
-
-def combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combination, Tensor]:
-    """One direction (P,) from the filled rows; by coefficients where the aggregator has them.
-
-    Raises:
-        NonFiniteError: a row holds a NaN or an infinity.
-        EquipoiseError: a callable returned something else than a finite direction.
-    """
-    # The network may run in half precision; what becomes of its gradients does not.
-    with torch.autocast(rows.buffer.device.type, enabled=False):
-        return _combine(rows, aggregator, losses)
-
-
-def _combine(rows: Rows, aggregator: Callable, losses: Tensor) -> tuple[Combination, Tensor]:
-    gram = rows.gram().cpu()  # the one copy to the host
-    if hasattr(aggregator, "coefficients"):
-        w = coefficients(aggregator, gram, losses, rows.ranks)
-        return Combination(w, gram), rows.combine(w)
-    finite = torch.isfinite(gram.diagonal())
-    if not bool(finite.all()):
-        raise NonFiniteError(int((~finite).nonzero()[0]), NOT_FINITE)
-    whole = rows.whole()
-    direction = rows.ranks.from_first(aggregator(whole))
-    if direction.shape != whole.shape[1:]:
-        raise EquipoiseError(
-            f"the aggregator returned shape {tuple(direction.shape)} for rows of shape "
-            f"{tuple(whole.shape)}; it must return ({whole.shape[1]},)."
-        )
-    if not bool(torch.isfinite(direction).all()):
-        raise EquipoiseError("the aggregator returned NaN or infinity for finite gradients.")
-    if direction.untyped_storage().data_ptr() == rows.buffer.untyped_storage().data_ptr():
-        direction = direction.clone()  # the rows may be filled again while it is in use
-    return Combination(None, gram), direction
-
-
-def combine_features(
-    sent_back: Sequence[Gradients],
-    outputs: Sequence[Tensor],
-    aggregator: Any,
-    losses: Tensor,
-    ranks: Ranks,
-) -> tuple[Combination, Gradients]:
-    """One gradient for each output of the trunk, from those that the T heads sent back.
-
-    By coefficients (T,), or for an aggregator with `entry_weights` by the weights (T, F) that it
-    makes of what the tasks ask of each feature, summed over the batch and counted positive where
-    it makes the feature larger in size.
-    """
-    if outputs:
-        gram = ranks.sum(feature_gram(sent_back)).cpu()
-    else:
-        gram = torch.zeros(len(losses), len(losses), dtype=torch.float64)
-    if hasattr(aggregator, "coefficients"):
-        w = coefficients(aggregator, gram, losses, ranks)
-        return Combination(w, gram), weighted_sum(sent_back, w[: len(sent_back)])
-    sums = [ranks.sum(total) for total in signed_sums(sent_back, outputs)]
-    weights = [aggregator.entry_weights(s.flatten(1)).view_as(s) for s in sums]
-    return Combination(None, gram), entrywise_sum(sent_back, weights)
-
-
-def works_on_features(aggregator: Any) -> bool:
-    """Whether `combine_features` can ask this aggregator."""
-    return hasattr(aggregator, "coefficients") or hasattr(aggregator, "entry_weights")

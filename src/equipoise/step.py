@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.aggregation import Aggregator, Sum
+from equipoise.aggregation import MGDA, Aggregator, Sum
 from equipoise.batch import Batch
 from equipoise.boundary import Gradients
 from equipoise.combinations import held_by, known_coefficients, refuse_senseless
+from equipoise.combine import Combination, Descent, combine
 from equipoise.errors import (
     NOT_FINITE,
     EquipoiseError,
@@ -22,14 +23,18 @@ from equipoise.errors import (
 )
 from equipoise.labels import Labels
 from equipoise.linalg import finite_norm
+from equipoise.line_search import LineSearch
 from equipoise.perturbed import SecondLook
 from equipoise.random import twin
 from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, Replay, devices_of, unchanged_on_error
-from equipoise.rows import Combination, Rows, combine
+from equipoise.rows import Rows
+from equipoise.search_combinations import refuse_senseless_search
+from equipoise.searched import Search
 from equipoise.sharpness import TaskSharpness
 from equipoise.step_report import StepReport
 from equipoise.trunk import SharedTrunk
+from equipoise.update import update
 from equipoise.weigh import learnable, weigh
 from equipoise.weighting import EW, Weighting
 
@@ -45,11 +50,15 @@ class Step:
             weighted losses (T,). None: EW. Its parameters get an optimizer group of their own.
         aggregator: how the task gradients become one direction; an Aggregator, or any callable
             from rows (T, P), which it leaves as they are, to (P,), for example one of TorchJD's.
-            None: Sum.
+            None: Sum; beside FastBacktracking MGDA.
         sharpness: TaskSharpness, for gradients from perturbed points (F-MTL); the flat rows then
             have an aggregator of their own, a copy. None: from where the parameters are.
+        line_search: Backtracking or FastBacktracking, which say how far to go; the optimizer is
+            then plain SGD, whose learning rate serves the weighting's parameters alone. None: the
+            optimizer says.
         level: "parameters": the rows are gradients of the shared parameters. "features": of the
-            features (MGDA-UB and its kin); the trunk then sees one backward.
+            features (MGDA-UB and its kin); the trunk then sees one backward. That is where
+            FastBacktracking always works.
         heads: "own": each head follows the gradient of its own weighted loss. "weighted": times the
             aggregator's coefficient of its task, as one backward of the sum of coefficient times
             weighted loss would give it; a negative coefficient lets a head climb.
@@ -60,10 +69,9 @@ class Step:
         CombinationError: stages that make no sense together; both are named.
         ValueError: a parameter out of its range.
 
-    The trunk learns through its features
-    alone: a loss that looks at the trunk's parameters directly does not reach them. Under
-    torch.distributed each process calls the step with its part of the batch, and all make the step
-    of the joint batch.
+    The trunk learns through its features alone: a loss that looks at its parameters directly does
+    not reach them. Under torch.distributed each process calls the step with its part of the batch,
+    and all make the step of the joint batch.
 
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
     (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. Memory: T x P numbers,
@@ -78,6 +86,7 @@ class Step:
         weighting: Callable[..., Tensor] | None = None,
         aggregator: Callable[..., Tensor] | None = None,
         sharpness: TaskSharpness | None = None,
+        line_search: LineSearch | None = None,
         *,
         level: str = "parameters",
         heads: str = "own",
@@ -87,13 +96,20 @@ class Step:
         self.losses = dict(losses)
         self.optimizer = optimizer
         self.weighting = EW() if weighting is None else weighting
-        self.aggregator = Sum() if aggregator is None else aggregator
+        among_features = getattr(line_search, "level", level) == "features"
+        usual = MGDA if line_search is not None and among_features else Sum
+        self.aggregator = usual() if aggregator is None else aggregator
         self.sharpness = sharpness
         self.flat_aggregator: Any = None if sharpness is None else twin(self.aggregator)
-        self.level = level
+        self.line_search = line_search
+        verify = getattr(line_search, "verify", False)
+        self.rows_aggregator: Any = twin(self.aggregator) if verify else None
+        self.level = "features" if among_features else level
         self.heads = heads
         self.clip_norm = clip_norm
         refuse_senseless(self)
+        refuse_senseless_search(self)
+        self.descent = None if line_search is None else Descent(line_search.descends, MGDA())
         self.ranks = Ranks()
         self.ranks.align(s.generator for s in self._stages().values() if hasattr(s, "generator"))
         self._adopt_weighting()
@@ -126,21 +142,24 @@ class Step:
         with self._undo(labels) as before:
             known = self._known(labels)
             sharp = self.sharpness if self.sharpness and self.sharpness.active else None
-            batch = self._forward(inputs, labels, known, sharp is not None)
+            again = sharp is not None or self.line_search is not None
+            batch = self._forward(inputs, labels, known, again)
             factors, weights, learned = weigh(self.weighting, batch.losses, labels, self.optimizer)
-            heads = batch.heads_backward(factors)
-            look = None
+            heads = own = batch.heads_backward(factors)
+            rows = look = found = None
 
             if known is not None:
                 result = Combination(known)
                 trunk = batch.trunk_backward(known)
             elif self.level == "features":
-                result, trunk = batch.features_backward(self.aggregator)
+                verify = self.rows_aggregator is not None
+                result, trunk = batch.features_backward(self.aggregator, self.descent, verify)
             else:
-                rows = batch.fill(self._buffer(batch))
-                result, direction = combine(rows, self.aggregator, batch.losses)
+                rows = batch.fill(self.buffer(batch))
+                result, direction = combine(rows, self.aggregator, batch.losses, self.descent)
                 if sharp:
-                    look = SecondLook(batch, rows, heads, factors, sharp)
+                    keep = self.line_search is not None
+                    look = SecondLook(batch, rows, heads, factors, sharp, keep)
                     direction, heads, result.flat = look.along(direction, self.flat_aggregator)
                 trunk = rows.per_parameter(direction)
             if self.heads == "weighted":
@@ -149,8 +168,14 @@ class Step:
             norm = finite_norm(trunk)
             if norm is None or finite_norm(heads) is None:
                 raise self._non_finite(inputs, labels, heads, before)
-            report = StepReport.of_present(labels, batch.losses, weights, factors, result, norm)
-            self._update(batch, trunk, heads, learned)
+            if self.line_search is None:
+                update(self, batch, trunk, heads, learned)
+            else:
+                search = Search(self, batch, factors, own, rows, look)
+                found, result, norm = search.along(result, trunk, heads, learned)
+            report = StepReport.of_present(
+                labels, batch.losses, weights, factors, result, norm, found
+            )
         if look:
             look.commit()
         self._let_weighting_learn(batch, report, before)
@@ -163,7 +188,7 @@ class Step:
         replay = Replay(self.model) if again else None
         return Batch(self.model, self.losses, inputs, labels, self.ranks, apart, replay)
 
-    def _buffer(self, batch: Batch) -> Rows:
+    def buffer(self, batch: Batch) -> Rows:
         """The (T, P) buffer, made anew only if the trunk's trainable parameters have changed."""
         if self._rows is None or not self._rows.fit(batch.trunk_parameters):
             self._rows = None  # free the old one first
@@ -181,19 +206,6 @@ class Step:
         if task is None:
             return EquipoiseError("each task's gradient is finite, but together they overflow.")
         return NonFiniteError(task, NOT_FINITE)
-
-    def _update(self, batch: Batch, trunk: Gradients, heads: Gradients, learned: Gradients) -> None:
-        """Put the gradients where the optimizer looks, None where no task reached, and step."""
-        parameters = [
-            *batch.trunk_parameters,
-            *(p for own in batch.head_parameters.values() for p in own),
-            *learnable(self.weighting),
-        ]
-        for parameter, gradient in zip(parameters, (*trunk, *heads, *learned), strict=True):
-            parameter.grad = gradient
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
 
     def _let_weighting_learn(self, batch: Batch, report: StepReport, before: RandomState) -> None:
         """Show the weighting what it declares to need of the step that was made."""
@@ -215,16 +227,22 @@ class Step:
 
     def _known(self, labels: Labels) -> Tensor | None:
         """The coefficients, where the aggregator can name them before there are gradients."""
-        for aggregator in (self.aggregator, self.flat_aggregator):
+        for aggregator in (self.aggregator, self.flat_aggregator, self.rows_aggregator):
             if isinstance(aggregator, Aggregator):
                 aggregator.begin(labels.present)
         known = known_coefficients(self, len(labels.names))
-        return None if known is None else self.ranks.from_first(known)
+        if known is None or not (self.line_search is None or self.line_search.content_with(known)):
+            return None
+        return self.ranks.from_first(known)
 
     def _stages(self) -> dict[str, Any]:
         stages = {"weighting": self.weighting, "aggregator": self.aggregator}
         if self.sharpness is not None:
             stages |= {"sharpness": self.sharpness, "flat_aggregator": self.flat_aggregator}
+        if self.line_search is not None:
+            stages["line_search"] = self.line_search
+        if self.rows_aggregator is not None:
+            stages["rows_aggregator"] = self.rows_aggregator
         return stages
 
     @contextmanager

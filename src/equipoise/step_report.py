@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from equipoise.combine import Combination
 from equipoise.labels import Labels
-from equipoise.rows import Combination
+
+if TYPE_CHECKING:
+    from equipoise.searched import Found
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,19 @@ class StepReport:
             decompose=False: the rows at the perturbed points); None where there were none.
         flat_gram: (T, T) inner products of those rows; None where there were none.
         direction_norm: length of the update direction of the shared parameters, before clipping.
-        step_size: step length found by a line search; None: the optimizer's learning rate.
+        step_size: step length found by a line search, 0 if it accepted none; None: the optimizer's
+            learning rate.
         trials: number of trial steps of the line search.
         accepted: False if nothing was updated, as for a batch without any label.
+        fallback: whether the direction would have let a loss grow, to first order, so that a
+            line search took another: `coefficients` are then those of MGDA, unless flat regions or
+            an optimizer had changed the direction, which went without them.
+        verified: whether the step that a FastBacktracking accepted among the features held in the
+            parameters; False: it did not, and the step is one of Backtracking. None: not looked at.
+        slopes: (T,) what each weighted loss falls by for each unit of `step_size`, were it linear;
+            None without a line search; 0 for an absent task.
+        trial_losses: (T,) losses of the accepted trial, in a FastBacktracking that does not verify
+            those of the moved features; None if there is none; NaN for an absent task.
     """
 
     tasks: tuple[str, ...]
@@ -46,6 +60,10 @@ class StepReport:
     step_size: float | None = None
     trials: int = 0
     accepted: bool = True
+    fallback: bool = False
+    verified: bool | None = None
+    slopes: Tensor | None = None
+    trial_losses: Tensor | None = None
 
     @property
     def cosines(self) -> Tensor | None:
@@ -70,6 +88,7 @@ class StepReport:
         factors: Tensor,
         result: Combination,
         norm: float,
+        found: Found | None = None,
     ) -> StepReport:
         """From the values (T',) of the present tasks to all T."""
         (w, gram), (flat_w, flat_gram) = (_of_all(labels, part) for part in (result, result.flat))
@@ -83,7 +102,21 @@ class StepReport:
             direction_norm=norm,
             flat_coefficients=flat_w,
             flat_gram=flat_gram,
+            fallback=result.fallback,
+            **({} if found is None else _of_search(labels, found)),
         )
+
+
+def _of_search(labels: Labels, found: Found) -> dict[str, Any]:
+    losses = found.losses
+    return {
+        "step_size": found.step_size,
+        "trials": found.trials,
+        "accepted": found.accepted,
+        "verified": found.verified,
+        "slopes": labels.spread(found.slopes),
+        "trial_losses": None if losses is None else labels.spread(losses, torch.nan),
+    }
 
 
 def _of_all(labels: Labels, result: Combination | None) -> tuple[Tensor | None, Tensor | None]:

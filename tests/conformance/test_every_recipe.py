@@ -32,6 +32,23 @@ COMBINED = [
     "igbv2+cagrad",
     "igbv2+f-nash",
     "igbv1+mgda(weights_on_all=true)",
+    "bls+mgda",
+    "bls+pcgrad",
+    "bls(rule=head)",
+    "bls(objective=sum, adapt=true)",
+    "uw+bls+cagrad",
+    "bls+graddrop",
+    "rlw+bls+f-mgda",
+    "bls(direction=optimizer)+imtl",
+    "bls(direction=optimizer, objective=sum)",
+    "uw+bls(direction=optimizer)+f-upgrad",
+    "fbls+sum",
+    "fbls(rule=latent)+edm",
+    "famo+fbls(latent_scale=matched)+edm",
+    "igbv1+fbls(verify=true)+pcgrad",
+    "fbls(latent_scale=batch, objective=sum)+graddrop",
+    "bls+imtl(weights_on_all=true)",
+    "fbls(verify=true)+edm(weights_on_all=true)",
 ]
 RECIPES = [*TOKENS, *COMBINED]
 FIVE = ("v", "w", "x", "y", "z")
@@ -55,16 +72,19 @@ def check_report(report: eq.StepReport, tasks: Sequence[str], step: eq.Step) -> 
     """Check shapes, dtypes and what holds for every method."""
     n = len(tasks)
     is_gram = isinstance(step.aggregator, eq.GramAggregator)
+    search = step.line_search
+    known = step.aggregator.known_coefficients(n) if is_gram else None
     forms_rows = (
         not is_gram
+        or known is None
+        or (search is not None and not search.content_with(known))
         or step.sharpness is not None
         or step.weighting.needs_gram
-        or step.aggregator.known_coefficients(n) is None
     )
     assert report.tasks == tuple(tasks)
     vectors = [report.losses, report.weights, report.factors]
-    assert (report.coefficients is None) != is_gram
-    if is_gram:
+    assert (report.coefficients is not None) == (is_gram or report.fallback)
+    if report.coefficients is not None:
         vectors.append(report.coefficients)
     for vector in vectors:
         assert vector.shape == (n,)
@@ -82,8 +102,16 @@ def check_report(report: eq.StepReport, tasks: Sequence[str], step: eq.Step) -> 
         assert (report.gram.diagonal() > 0).all()
         assert report.cosines.abs().max() <= 1 + 1e-6
     assert isinstance(report.direction_norm, float)
-    assert report.direction_norm > 0
-    assert (report.step_size, report.trials, report.accepted) == (None, 0, True)
+    # Steps of length 1 and more may leave no feature of so small a network above zero.
+    assert report.direction_norm > 0 or search is not None
+    if search is None:
+        assert (report.step_size, report.trials, report.accepted) == (None, 0, True)
+        assert (report.slopes, report.trial_losses, report.fallback) == (None, None, False)
+    else:
+        assert report.trials >= 1
+        assert report.accepted == (report.step_size > 0) == (report.trial_losses is not None)
+        assert report.slopes.shape == (n,)
+    assert (report.verified is not None) <= getattr(search, "verify", False)
 
 
 @every_recipe
@@ -97,7 +125,9 @@ def test_training_steps(recipe: str, dtype: torch.dtype, tasks: Sequence[str]) -
         report = step(*class_batch(tasks, seed=k, dtype=dtype))
         check_report(report, tasks, step)
     moved = {path.strip("/") for path in differences(before, parameters_of(model))}
-    assert moved == before.keys()
+    # A bias before BatchNorm has a gradient of round-off alone, which only Adam makes a step of.
+    idle = set() if step.line_search is None else {"trunk.0.bias"}
+    assert before.keys() - idle <= moved <= before.keys()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == parameter.grad.dtype == dtype, name
         assert parameter.isfinite().all(), name

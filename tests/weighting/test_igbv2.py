@@ -243,12 +243,12 @@ def test_it_finds_weights_that_pay() -> None:
     # smaller gain is largest at the weights (0.5, 1.5).
     weighting = IGBv2(
         10, 2, torch.Generator().manual_seed(0), learn_epoch=3, use_epoch=3, update_every=5,
-        gradient_steps=40, batch_size=64, buffer_size=100, width=16, sac_lr=1e-2, discount=0.0,
+        gradient_steps=24, batch_size=64, buffer_size=100, width=16, sac_lr=2e-2, discount=0.0,
         bound=2.0, temperature=0.02,
     )  # fmt: skip
     start = torch.full((2,), 2.0, dtype=torch.float64)
     losses, weights = start, []
-    for _ in range(120):
+    for _ in range(90):
         weighting(losses)
         weights.append(weighting.weights.clone())
         weighting.last_losses = start
