@@ -17,7 +17,15 @@ from rich.table import Table
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import diagnose_page, diagnosing, models, options, report, schedules
+from equipoise.lab import (
+    diagnose_page,
+    diagnosing,
+    grouping_command,
+    models,
+    options,
+    report,
+    schedules,
+)
 from equipoise.lab.comparison import (
     Comparison,
     Failure,
@@ -269,6 +277,9 @@ def diagnose_runs(
         together = " ".join(map(str, runs))
         print(f"A page in each run's folder; all together: equipoise report {together}")
     return DONE
+
+
+app.command("group")(grouping_command.group)
 
 
 @app.command("list")
