@@ -286,9 +286,7 @@ def ranked_step(recipe: str, seed: int = 0) -> eq.Step:
     if recipe == "callable":
         given = optimizer(model.parameters(), 0.1)
         return eq.Step(model, losses, given, None, smooth_callable)
-    parsed = eq.Recipe.parse(recipe)
-    own = None if parsed.needs_sgd else optimizer  # a line search takes plain SGD only
-    return parsed.build(model, losses, 0.1, 1, optimizer=own, seed=seed)
+    return eq.Recipe.parse(recipe).build(model, losses, 0.1, 1, optimizer=optimizer, seed=seed)
 
 
 def ranked_batch(k: int, part: slice = slice(None)) -> tuple[Tensor, dict, dict]:

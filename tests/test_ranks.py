@@ -31,6 +31,7 @@ RECIPES = [
     "dwa",
     "uw",
     "rlw",
+    "igbv2+mgda(weights_on_all=true)",
     "mgda",
     "pcgrad",
     "imtl",
@@ -50,14 +51,6 @@ RECIPES = [
     "f-upgrad(rho=0.5, every=2)",
     "f-imtl(rho=0.5, perturb=joint-mean, adaptive=true)",
     "f-aligned(rho=0.5, perturb=samo)",
-    "igbv2+mgda(weights_on_all=true)",
-    "bls+mgda",
-    "bls(upper=64, objective=sum)",
-    "uw+bls(upper=64, direction=optimizer)+cagrad",
-    "bls(upper=64)+f-mgda",
-    "igbv1+fbls(upper=64, latent_scale=matched)+edm",
-    "fbls(upper=64, latent_scale=batch)+sum",
-    "fbls(upper=512, verify=true)",
     "callable",
 ]
 LIMIT = 120
