@@ -33,12 +33,14 @@ SETS: dict[str, dict[str, Any]] = {
         "model": "lenet",
         "epochs": 30,
         "batch_size": 256,
+        "probes": 0,
     },
     "cifar10": {
         "data": "cifar10(tasks=g1, train=5000, val=1000, test=5000, metric=accuracy)",
         "model": "cnn",
         "epochs": 10,
         "batch_size": 256,
+        "probes": 0,
     },
 }
 EVERY = {name: settings["epochs"] // 10 for name, settings in SETS.items()}

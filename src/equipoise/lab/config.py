@@ -55,6 +55,9 @@ class RunConfig(BaseModel):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     task_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
     """Constant factors of the weighted losses, one for each task: those of a specialist."""
+    probes: int = Field(16, ge=0)
+    """Batches on which conflicts between the tasks are measured after each epoch, at the price of
+    one trunk backward a task each; 0: they are not."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch. Part of the configuration, for sums depend on it in the last digit."""
 

@@ -65,6 +65,7 @@ def group(
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
+        probes=0,
     )  # fmt: skip
     for name, value, known in (
         ("method", method, ("kmeans", "hard", "cmeans", "points")),

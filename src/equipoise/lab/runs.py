@@ -35,7 +35,6 @@ Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-PROBES = 16  # batches on which conflict/probe is measured
 
 
 def train(
@@ -225,9 +224,11 @@ class Run:
         batches = self.batches(split, shuffle_seed=None)
         return evaluate(self.model, self.data.tasks, batches, self.fabric.autocast)
 
-    def probe(self) -> float:
+    def probe(self) -> float | None:
         """Percent of conflicting task pairs on training batches that are the same in every run."""
-        batches = islice(self.batches(self.data.train, shuffle_seed=0), PROBES)
+        if not self.config.probes:
+            return None
+        batches = islice(self.batches(self.data.train, shuffle_seed=0), self.config.probes)
         return conflict(self.model, self.data.tasks, batches, self.fabric.autocast)
 
     def batches(self, split: Split, shuffle_seed: int | None) -> Iterable[Batch]:
