@@ -35,11 +35,11 @@ MOLECULES = {
 IMAGES = {
     "data": "multifashion-mnist(train=6000, val=2000, test=10000)",
     "model": "lenet",
-    "epochs": 40,
+    "epochs": 24,
     "batch_size": 60,
     "lr": 1e-3,
 }
-HALVED = {**IMAGES, "schedule": "halve(every=13)"}
+HALVED = {**IMAGES, "schedule": "halve(every=8)"}
 
 PARTS = {
     "molecules": Part(("stl", *LOSS_BALANCING, *GRADIENT_BALANCING, *TOGETHER), MOLECULES),
@@ -47,7 +47,6 @@ PARTS = {
     "ablation": Part(
         (
             "stl",
-            "ew",
             "si",
             "igbv1",
             "igbv2",

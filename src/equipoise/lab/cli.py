@@ -17,7 +17,15 @@ from rich.table import Table
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import diagnose_page, diagnosing, models, options, report, schedules
+from equipoise.lab import (
+    diagnose_page,
+    diagnosing,
+    grouping_command,
+    models,
+    options,
+    report,
+    schedules,
+)
 from equipoise.lab.comparison import (
     Comparison,
     Failure,
@@ -59,7 +67,10 @@ DataRoot = Annotated[str | None, typer.Option(help="Folder with the files of the
 Model = Annotated[str, typer.Option(help="Network, with options: 'resnet18(width=8)'; see list.")]
 Epochs = Annotated[int, typer.Option(help="Passes through the training data.")]
 BatchSize = Annotated[int, typer.Option(help="Samples in a batch.")]
-LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of Adam.")]
+LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate of the optimizer.")]
+Optimizer = Annotated[
+    str, typer.Option(help="adam or sgd (plain). Line searches always make plain SGD steps.")
+]
 ScheduleText = Annotated[
     str, typer.Option("--schedule", help="Of the learning rate: 'halve(every=100)'; see list.")
 ]
@@ -102,6 +113,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the initial weights, order and draws.")] = 0,
     batch_size: BatchSize = DEFAULT.batch_size,
     lr: LearningRate = DEFAULT.lr,
+    optimizer: Optimizer = DEFAULT.optimizer,
     schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
@@ -113,8 +125,8 @@ def train(
     """Train one network by one recipe. A killed run goes on when the command is given again."""
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
-        batch_size=batch_size, lr=lr, schedule=schedule, device=device, precision=precision,
-        threads=threads,
+        batch_size=batch_size, lr=lr, optimizer=optimizer, schedule=schedule, device=device,
+        precision=precision, threads=threads,
     )  # fmt: skip
     folder = out or Path("runs", f"{file_name(config.data)}-{run_name(config)}")
     refuse_another_run(config, folder)
@@ -142,6 +154,7 @@ def compare(
     seeds: Seeds = ["0"],  # noqa: B006 - typer copies it
     batch_size: BatchSize = DEFAULT.batch_size,
     lr: LearningRate = DEFAULT.lr,
+    optimizer: Optimizer = DEFAULT.optimizer,
     schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
@@ -160,7 +173,7 @@ def compare(
     common = {
         "data": data, "data_root": data_root, "model": model, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "device": device, "precision": precision, "threads": threads,
-        "schedule": schedule,
+        "schedule": schedule, "optimizer": optimizer,
     }  # fmt: skip
     configs = [
         RunConfig.of(recipe=recipe, seed=seed, **common)
@@ -266,6 +279,9 @@ def diagnose_runs(
     return DONE
 
 
+app.command("group")(grouping_command.group)
+
+
 @app.command("list")
 def list_names() -> None:
     """Show the methods by axis, the data sets and the models."""
@@ -290,7 +306,8 @@ def list_names() -> None:
     console.print(
         "A recipe joins one of each axis: igbv1+cagrad. With -ub an aggregation works on the "
         "features instead of the parameters; with f- before it, it seeks flat regions (a-: the "
-        "naive way): f-cagrad(rho=0.1). stl trains one network for each task. Options of "
+        "naive way): f-cagrad(rho=0.1). A line search makes plain SGD steps as long as all tasks "
+        "agree to: bls+mgda. stl trains one network for each task. Options of "
         "data, model and schedule, here with their defaults, go into parentheses: "
         "--data 'multidigits(canvas=24)'."
     )

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
@@ -43,13 +43,18 @@ class RunConfig(BaseModel):
     epochs: int = Field(15, ge=1)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
-    """Learning rate of Adam."""
+    """Learning rate of the optimizer."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """SGD is plain SGD, without momentum. Line searches that make their own steps always have it,
+    and no schedule: they do not use the learning rate."""
     schedule: str = "none"
     """How it changes from epoch to epoch: "halve(every=100)"; in the canonical form."""
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     """"cpu", "cuda" or "cuda:1"; "auto" becomes the one that is there."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    task_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
+    """Constant factors of the weighted losses, one for each task: those of a specialist."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch. Part of the configuration, for sums depend on it in the last digit."""
 
@@ -70,8 +75,14 @@ class RunConfig(BaseModel):
 
     @field_validator("schedule")
     @classmethod
-    def _canonical_schedule(cls, schedule: str) -> str:
-        return schedules.canonical(schedule)
+    def _canonical_schedule(cls, schedule: str, info: ValidationInfo) -> str:
+        canonical = schedules.canonical(schedule)
+        return "none" if _makes_its_own_steps(info) else canonical
+
+    @field_validator("optimizer")
+    @classmethod
+    def _of_the_recipe(cls, optimizer: str, info: ValidationInfo) -> str:
+        return "sgd" if _makes_its_own_steps(info) else optimizer
 
     @field_validator("data_root")
     @classmethod
@@ -105,6 +116,11 @@ class RunConfig(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise ConfigError(_sentence(error)) from None
+
+
+def _makes_its_own_steps(info: ValidationInfo) -> bool:
+    recipe = info.data.get("recipe")  # not there if it could not be read
+    return recipe is not None and Recipe.parse(recipe).needs_sgd
 
 
 def refuse_difference(there: Mapping[str, Any], here: Mapping[str, Any], folder: object) -> None:

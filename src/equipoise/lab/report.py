@@ -10,12 +10,13 @@ from markupsafe import Markup
 
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
-from equipoise.lab import figures, flat_report, paired
+from equipoise.lab import figures, flat_report, paired, searches
 from equipoise.lab.files import write_text
 from equipoise.lab.folders import History, Run, listed, read
 from equipoise.lab.pages import Section, picture, render
 from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Over, Row, Summary
 from equipoise.lab.table import summarise
+from equipoise.recipe import Recipe
 
 NAME = "report.html"
 KINDS = {"weight": "weights λ of the weighting", "coefficient": "coefficients of the aggregator"}
@@ -108,7 +109,7 @@ def how(summary: Summary, runs: Sequence[Run]) -> Iterator[str]:
     phrases = {
         "epochs": "{} epochs",
         "batch_size": "batches of {}",
-        "lr": "Adam with learning rate {}",
+        "lr": f"{_optimizers(runs)} with learning rate {{}}",
         "schedule": "schedule {}",
         "precision": "precision {}",
     }
@@ -215,10 +216,23 @@ def sections(summary: Summary, runs: Sequence[Run]) -> Iterator[Section]:
         )
     joint = {recipe: found for recipe, found in histories.items() if recipe != SINGLE_TASK}
     apart = f" {SINGLE_TASK} shares nothing, and is not drawn." if SINGLE_TASK in histories else ""
+    yield from searches.section(histories, look, key_of)
     if len(tasks) > 1 and joint:
         yield _weights(joint, tasks)
         yield from flat_report.conflicts(joint, look, key_of(joint), f"{apart}{band}")
     yield from flat_report.diagnosed(runs, look, key_of)
+
+
+def _optimizers(runs: Sequence[Run]) -> str:
+    """What made the steps, line searches apart."""
+    own = [Recipe.parse(run.recipe).needs_sgd for run in runs]
+    names = {"adam": "Adam", "sgd": "SGD"}
+    given = [run.config.get("optimizer", "adam") for run, s in zip(runs, own, strict=True) if not s]
+    known = " or ".join(dict.fromkeys(names.get(name, name) for name in given))
+    if any(own):
+        plain = "line searches along plain SGD steps"
+        return f"{plain}, {known}" if known else plain
+    return known
 
 
 def _tradeoff(summary: Summary, look: Any, key_of: Any) -> Iterator[Section]:

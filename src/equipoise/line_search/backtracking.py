@@ -15,7 +15,7 @@ class Backtracking(LineSearch):
     Algorithm 4.1 of the thesis on fast line search for multi-task models, as corrected: eta
     starts at `upper` and shrinks until for every task t
 
-        L_t(theta - eta d, phi_t - eta h_t) <= L_t - eta beta (|h_t|^2 + <g_t, d>)      (4.1)
+        L_t(theta - eta d, phi_t - eta h_t) <= L_t - eta beta (|h_t|^2 + g_t^T d)      (4.1)
 
     with g_t and h_t the gradients of the shared parameters and of the task's head, and d what the
     aggregator makes of the g_t. The parameters then become that trial. If eta would fall below

@@ -18,7 +18,7 @@ class FastBacktracking(LineSearch):
     the features of the batch, q_t the gradient of L_t by z and d_z what the aggregator makes of
     the q_t, eta starts at `upper` and shrinks until for every task t
 
-        L_t(z - eta s d_z, phi_t - eta h_t) <= L_t - eta beta (|h_t|^2 + s <q_t, d_z>)      (4.2)
+        L_t(z - eta s d_z, phi_t - eta h_t) <= L_t - eta beta (|h_t|^2 + s q_t^T d_z)      (4.2)
 
     Then phi_t <- phi_t - eta h_t and theta <- theta - eta (dz/dtheta)^T d_z. Weighted losses, the
     fallback to the MGDA direction (of the q_t), and what happens below `floor` are as in

@@ -18,6 +18,8 @@ from equipoise.weighting.positive import SOLVED
 from equipoise.weighting.sac import Agent, require_stable_baselines3
 from equipoise.weighting.si import SI
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 class IGBv2(GeneratorState, SI):
     """Improvable gap balancing, version 2 (Dai et al., arXiv 2307.15429, section 3.2.2, eq. 4).
@@ -184,7 +186,8 @@ class IGBv2(GeneratorState, SI):
         if len(losses) != self.n_tasks:
             raise ValueError(f"IGBv2 was built for n_tasks={self.n_tasks} but got {len(losses)}.")
         for i, loss in enumerate(losses.tolist()):
-            if not math.isfinite(loss):  # once in the buffer it would spoil the agent for good
+            # Once in the buffer, in single precision, it would spoil the agent for good.
+            if not abs(loss) <= LARGEST:
                 raise NonFiniteError(i, f"loss is {loss}. Leave this batch out.")
 
     def _store(self, state: Tensor, present: Tensor) -> None:
@@ -213,8 +216,10 @@ class IGBv2(GeneratorState, SI):
         agent = self._ready()
         size = agent.buffer.size()
         if size:
-            k = 1 + size / self.buffer_size
-            steps, batch = int(self.gradient_steps * k / 2), int(self.batch_size * k / 2)
+            # Whole numbers: in floats 50 * 1.16 / 2 falls below 29.
+            filled, whole = self.buffer_size + size, 2 * self.buffer_size
+            steps = int(self.gradient_steps * filled // whole)
+            batch = int(self.batch_size * filled // whole)
             agent.learn(steps, batch, self.generator)
 
     def begin(self, lr: float) -> None:
