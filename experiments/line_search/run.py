@@ -4,9 +4,10 @@
         [--sets multimnist cifar10] [--seeds 0 1 2] [--jobs 2]
 
 On each set: SGD on the summed loss at the 8 steps logspace(-3, -1) of the thesis, MGDA-UB at the
-same steps (on CIFAR-10 at the longest three), and the line searches, which are not tuned: BLS with beta 0.1 to 0.4, FBLS as in the
-thesis, with the matched latent scale, and verified. The upper bound of the step is halved ten times
-in a training, as in the thesis (there every 10 of 100 epochs).
+same steps (on CIFAR-10 at the longest three), and the line searches, which are not tuned: BLS with
+beta 0.1 to 0.4 (on CIFAR-10 0.1), FBLS as in the thesis, with the matched latent scale, and
+verified. The upper bound of the step is halved ten times in a training, as in the thesis (there
+every 10 of 100 epochs).
 
 MultiMNIST in the thesis' geometry (one digit 4 pixels to the left, the other 4 to the right) with
 LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL. DIR holds MNIST/raw and
