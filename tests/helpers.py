@@ -281,6 +281,8 @@ def ranked_step(recipe: str, seed: int = 0) -> eq.Step:
     losses = all_tasks(model, F.mse_loss)
 
     def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        if recipe != "callable" and eq.Recipe.parse(recipe).needs_sgd:
+            return torch.optim.SGD(parameters, lr=lr)
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.01)
 
     if recipe == "callable":
@@ -329,7 +331,8 @@ def run_rank(rank: int, folder: str, recipes: Sequence[str]) -> None:
             "parameters": parameters_of(step.model),
             "reports": [
                 {"losses": r.losses, "weights": r.weights, "coefficients": r.coefficients,
-                 "gram": r.gram, "flat_gram": r.flat_gram, "norm": r.direction_norm}
+                 "gram": r.gram, "flat_gram": r.flat_gram, "norm": r.direction_norm,
+                 "search": (r.step_size, r.trials, r.fallback, r.verified), "slopes": r.slopes}
                 for r in reports
             ],
             "columns": None if step._rows is None else step._rows.buffer.shape[1],

@@ -51,6 +51,13 @@ RECIPES = [
     "f-upgrad(rho=0.5, every=2)",
     "f-imtl(rho=0.5, perturb=joint-mean, adaptive=true)",
     "f-aligned(rho=0.5, perturb=samo)",
+    "bls",
+    "uw+bls+cagrad",
+    "bls(direction=optimizer, rule=latent)+imtl",
+    "rlw+bls+f-pcgrad(rho=0.5)",
+    "fbls(latent_scale=batch)+graddrop",
+    "fbls(latent_scale=matched, objective=sum)+sum",
+    "igbv1+fbls(verify=true)+edm",
     "callable",
 ]
 LIMIT = 120
@@ -113,6 +120,10 @@ def test_same_reports_as_one_process(recipe: str, ranks: list, joint: dict) -> N
         assert torch.allclose(got["losses"], expected.losses, rtol=1e-6, equal_nan=True)
         assert torch.allclose(got["weights"], expected.weights, rtol=1e-6)
         assert got["norm"] == pytest.approx(expected.direction_norm, rel=1e-5)
+        search = (expected.step_size, expected.trials, expected.fallback, expected.verified)
+        assert got["search"] == search
+        if expected.slopes is not None:
+            assert torch.allclose(got["slopes"], expected.slopes, rtol=1e-5)
         for name, wanted in (("gram", expected.gram), ("flat_gram", expected.flat_gram)):
             assert (got[name] is None) == (wanted is None)
             if wanted is not None:
