@@ -74,6 +74,27 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "gram": None,
         "after": None,
     },
+    "equipoise.weighting.Fixed": {"weights": REQUIRED, "inside": None},
+    "equipoise.grouping.DataMaps": {
+        "n_tasks": REQUIRED,
+        "n_samples": REQUIRED,
+        "checkpoints": REQUIRED,
+        "ddof": 0,
+    },
+    "equipoise.grouping.DataMaps.update": {"true_class_probability": REQUIRED, "index": REQUIRED},
+    "equipoise.grouping.find_groups": {
+        "gram_or_vectors": REQUIRED,
+        "n_groups": REQUIRED,
+        "fuzziness": 2.0,
+        "seed": 0,
+    },
+    "equipoise.grouping.memberships": {"distances": REQUIRED, "fuzziness": 2.0},
+    "equipoise.grouping.Specialists": {
+        "models": REQUIRED,
+        "memberships": REQUIRED,
+        "kinds": None,
+        "combine": "probabilities",
+    },
     "equipoise.diagnostics.delta_m": {
         "values": REQUIRED,
         "baseline": REQUIRED,
@@ -186,7 +207,7 @@ def test_names_at_the_top() -> None:
         assert hasattr(equipoise, name), name
 
 
-@pytest.mark.parametrize("name", ["weighting", "aggregation", "diagnostics"])
+@pytest.mark.parametrize("name", ["weighting", "aggregation", "grouping", "diagnostics"])
 def test_modules_say_what_they_export(name: str) -> None:
     module = importlib.import_module(f"equipoise.{name}")
     assert module.__all__

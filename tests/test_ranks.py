@@ -31,6 +31,7 @@ RECIPES = [
     "dwa",
     "uw",
     "rlw",
+    "igbv2+mgda(weights_on_all=true)",
     "mgda",
     "pcgrad",
     "imtl",

@@ -22,6 +22,7 @@ from experiments.common import Part
 
 LOSS_BALANCING = ("ew", "si", "rlw", "dwa", "uw", "igbv1", "igbv2")
 GRADIENT_BALANCING = ("mgda", "pcgrad", "cagrad", "imtl", "nash")
+CALM = "igbv2(bound=0.8)"
 TOGETHER = ("igbv1+nash", "igbv2+cagrad")
 
 MOLECULES = {
@@ -33,21 +34,20 @@ MOLECULES = {
     "schedule": "plateau",
 }
 IMAGES = {
-    "data": "multifashion-mnist(train=12000, val=2000, test=10000)",
+    "data": "multifashion-mnist(train=6000, val=2000, test=10000)",
     "model": "lenet",
-    "epochs": 40,
-    "batch_size": 120,
+    "epochs": 24,
+    "batch_size": 60,
     "lr": 1e-3,
 }
-HALVED = {**IMAGES, "schedule": "halve(every=13)"}
+HALVED = {**IMAGES, "schedule": "halve(every=8)"}
 
 PARTS = {
-    "molecules": Part(("stl", *LOSS_BALANCING, *GRADIENT_BALANCING, *TOGETHER), MOLECULES),
-    "images": Part(("stl", *LOSS_BALANCING, "rlw-si", "dwa-si"), IMAGES),
+    "molecules": Part(("stl", *LOSS_BALANCING, CALM, *GRADIENT_BALANCING, *TOGETHER), MOLECULES),
+    "images": Part(("stl", *LOSS_BALANCING, CALM, "rlw-si", "dwa-si"), IMAGES),
     "ablation": Part(
         (
             "stl",
-            "ew",
             "si",
             "igbv1",
             "igbv2",
@@ -56,7 +56,7 @@ PARTS = {
             "igbv2(buffer_size=5000)",
             "igbv2(buffer_size=50000)",
             "igbv2(buffer_size=1000000)",
-            "igbv2(bound=1.6)",
+            CALM,
         ),
         HALVED,
     ),

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from equipoise import aggregation, diagnostics, line_search, sharpness, weighting
+from equipoise import aggregation, diagnostics, grouping, line_search, sharpness, weighting
 from equipoise.aggregation import (
     DBMTL,
     EDM,
@@ -56,6 +56,7 @@ from equipoise.weighting import (
     SI,
     STCH,
     UW,
+    Fixed,
     GradNorm,
     IGBv1,
     IGBv2,
@@ -92,6 +93,7 @@ __all__ = [
     "Every",
     "FairGrad",
     "FastBacktracking",
+    "Fixed",
     "GradDrop",
     "GradNorm",
     "GradVac",
@@ -122,6 +124,7 @@ __all__ = [
     "diagnostics",
     "every",
     "frozen_buffers",
+    "grouping",
     "line_search",
     "sharpness",
     "weighting",

@@ -271,17 +271,17 @@ class Batch:
         expected = length(g for g in steps if g is not None) ** 2
         if not abs(square - expected) <= 1e-3 * expected:
             return None
-        found = found or [0.0] * len(self.labels.names)
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found or [0.0] * len(self.labels.names), dtype=torch.float64)
 
     def fill(self, rows: Rows) -> Rows:
         """One trunk backward for each present task, each into its row."""
         rows.clear()
         for k in range(len(self.labels.names)):
-            rows.add(self._row(k, retain_graph=k + 1 < len(self.labels.names)))
+            rows.add(self.row(k, retain_graph=k + 1 < len(self.labels.names)))
         return rows
 
-    def _row(self, k: int, retain_graph: bool) -> Gradients:
+    def row(self, k: int, retain_graph: bool) -> Gradients:
+        """The trunk's gradients of the k-th present task, of this process: one backward."""
         sent_back = self._sent_back[k] if self._sent_back else []
         return through_trunk(self.features.outputs, self.trunk_parameters, sent_back, retain_graph)
 
@@ -290,7 +290,7 @@ class Batch:
         heads = list(heads)
         for k, (task, parameters) in enumerate(self.head_parameters.items()):
             own, heads = heads[: len(parameters)], heads[len(parameters) :]
-            if finite_norm([*own, *self._row(k, retain_graph=True)]) is None:
+            if finite_norm([*own, *self.row(k, retain_graph=True)]) is None:
                 return task
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Labels:
         targets: task name -> target, samples first.
         masks: task name -> bool tensor (B,), True for samples that count; tasks may be left out.
         ranks: the processes that train together.
+        left_out: positions of tasks whose labels do not count.
 
     Attributes:
         tasks: all T tasks.
@@ -42,7 +43,9 @@ class Labels:
         targets: Mapping[str, Any],
         masks: Mapping[str, Tensor] | None,
         ranks: Ranks,
+        left_out: Iterable[int] = (),
     ) -> None:
+        self._left_out = {tasks[i] for i in left_out}
         with ranks.agreeing():
             self._take(tuple(tasks), targets, {} if masks is None else masks)
         counts = torch.tensor([self._count(task) for task in tasks], dtype=torch.float64)
@@ -74,7 +77,7 @@ class Labels:
         self._keep = {task: labelled(task, targets[task], masks.get(task)) for task in targets}
 
     def _count(self, task: str) -> float:
-        if task not in self._targets:
+        if task not in self._targets or task in self._left_out:
             return 0.0
         keep = self._keep[task]
         if keep is not None:

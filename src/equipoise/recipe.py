@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from equipoise import call
 from equipoise.errors import CombinationError, RecipeError, nearest
-from equipoise.registry import METHODS, REFUSED, TOKENS, Axis, Method
+from equipoise.registry import METHODS, REFUSED, TOKENS, Axis, Method, with_task_weights
 from equipoise.sharpness import TaskSharpness
 from equipoise.step import Step
 from equipoise.trunk import SharedTrunk
@@ -142,6 +142,7 @@ class Recipe:
         *,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
         seed: int | None = None,
+        task_weights: Sequence[float] | Tensor | None = None,
     ) -> Step:
         """The Step of this recipe.
 
@@ -155,6 +156,7 @@ class Recipe:
                 its steps (`needs_sgd`) plain SGD takes the place of Adam, and `lr` serves the
                 weighting's parameters alone.
             seed: of the stages' private generators; None: from torch's global generator.
+            task_weights: (T,) constant factors of the weighted losses, see Fixed; None: none.
 
         Raises:
             CombinationError: stages that make no sense together.
@@ -171,6 +173,8 @@ class Recipe:
             if seed is not None:
                 context["generator"] = torch.Generator().manual_seed(seed + offset)
             stages.append(stage.build(**context))
+        if task_weights is not None:
+            stages[0] = with_task_weights(stages[0], task_weights)
         search = None if self.line_search is None else self.line_search.build(**context)
         if self.needs_sgd and optimizer is torch.optim.Adam:
             optimizer = torch.optim.SGD

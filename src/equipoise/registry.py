@@ -45,6 +45,7 @@ from equipoise.weighting import (
     SI,
     STCH,
     UW,
+    Fixed,
     GradNorm,
     IGBv1,
     IGBv2,
@@ -224,6 +225,11 @@ OF_DEGREE_ONE: dict[str, dict[str, Any]] = {
 def single_task() -> Sum:
     """Single-task learning: one network for each task, the baseline of Delta_m."""
     return Sum()
+
+
+def with_task_weights(weighting: Any, weights: Any) -> Fixed:
+    """A weighting with constant factors (T,) on top."""
+    return Fixed(weights, weighting)
 
 
 def _methods() -> dict[str, Method]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -210,12 +211,15 @@ class Search:
         step, batch = self.step, self.batch
         if self.rows is None:
             self.rows = batch.fill(step.buffer(batch))
-        result, direction = combine(self.rows, step.rows_aggregator, batch.losses, step.descent)
+        # Whatever the rule among the features: here the full one judges, also the direction.
+        assert step.descent is not None
+        descent = step.descent._replace(holds=partial(self.rule.descends, rule="full"))
+        result, direction = combine(self.rows, step.rows_aggregator, batch.losses, descent)
         trunk = self.rows.per_parameter(direction)
         if step.heads == "weighted":
             heads = batch.heads_times(self.own, result.coefficients)
         promised = self._promised(heads, result.products, "full")
-        if not self.rule.descends(promised):
+        if not self.rule.descends(promised, "full"):
             heads, result.fallback = self.own, True
             promised = self._promised(heads, result.products, "full")
         found = self._among_parameters([*trunk, *heads], promised)

@@ -134,7 +134,8 @@ class Step:
                 parameters, buffers, optimizer, stages and random generators are as before (only
                 the gradients of the step before are gone).
         """
-        labels = Labels(self.model.tasks, targets, masks, self.ranks)
+        left_out = getattr(self.weighting, "left_out", ())
+        labels = Labels(self.model.tasks, targets, masks, self.ranks, left_out)
         if not labels.names:
             return StepReport.skipped(labels.tasks)
         self.model.zero_grad()  # frees P numbers before the rows are formed

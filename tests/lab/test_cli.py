@@ -54,6 +54,13 @@ def equipoise(monkeypatch, capsys):
         ("compare ew --data multidigits(canvas=12", "cannot read 'multidigits(canvas=12'"),
         ("train ew --data multimnist", "multimnist needs --data-root"),
         ("train ew --data multifashion --data-root .", "has no FashionMNIST/raw"),
+        ("train ew --data cifar10", "cifar10 needs --data-root, a folder that holds cifar-10-ba"),
+        ("train ew --data cifar100 --data-root .", "has no cifar-100-python; get the python ver"),
+        ("train ew --data cifar10(tasks=g3)", "tasks is g3; it takes g1 or g2."),
+        ("train ew --data cityscapes --data-root .", ". is not a folder that holds train/ and "),
+        ("train ew --data cityscapes-release --data-root .", "a folder that holds leftImg8bit/"),
+        ("train ew --model cnn(dropout=1)", "dropout is 1.0; give a share in [0, 1)."),
+        ("train ew --model resnet50-pspnet", "task 'left': PSPNet gives an answer for every pix"),
         ("train ew --model resnet18(stem=big)", "stem is big; it takes standard or small."),
         ("train ew --model resnet18(width=0)", "width is 0; give 1 or more."),
         ("compare ew ew", "ew, seed 0 is given twice"),
@@ -186,7 +193,7 @@ def test_list_shows_what_there_is(equipoise):
                  "multidigits", "digits-attributes", "lenet"):  # fmt: skip
         assert word in out
     out = " ".join(out.split())  # as wide as the terminal
-    assert "(width=64, stem=standard, features=100)" in out
+    assert "(width=64, stem=standard, features=100, head_bias=true)" in out
     assert "canvas=20" in out and "missing=0.0" in out
 
 

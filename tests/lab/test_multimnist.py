@@ -112,6 +112,19 @@ def test_every_pair_shows_the_images_that_its_labels_name(root, name, left, righ
         assert {key[1] for key in train | val} == {1} and {key[1] for key in test} == {2}
 
 
+def test_the_geometry_of_the_line_search_thesis_moves_images_four_pixels_sideways():
+    """SPECS D.7: 28 x 28 images on a canvas of 28 x 36, the middle of which is column 18."""
+    geometry = multimnist.Geometry((28, 36), (0, 0), (0, 8), "max", None)
+    dots = np.zeros((2, 28, 28), np.uint8)
+    dots[:, 3, 14] = 100, 200  # a point on the middle line, beside nothing
+    dots[1, :, 0], dots[0, :, 27] = 50, 60
+    picture = multimnist.compose(dots[:1], dots[1:], geometry)[0]
+    assert picture.shape == (28, 36)
+    assert picture[3, 18 - 4] == 100 and picture[3, 18 + 4] == 200
+    assert (picture[4:, [8, 27]] == [50, 60]).all(), "superposed: the larger of the two"
+    assert picture.astype(int).sum() == 100 + 200 + 28 * (50 + 60)
+
+
 def test_pairs_are_drawn_uniformly_and_independently(root, monkeypatch):
     drawn = multimnist.draw([5, 3], 30_000, [0, 0])
     table = np.histogram2d(*drawn.T, bins=(5, 3))[0]
@@ -406,7 +419,7 @@ def test_a_full_disk_leaves_no_half_file(root, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("equipoise.lab.files.os.fsync", full)
+        patch.setattr("equipoise.atomic.os.fsync", full)
         assert same(load("multimnist", root, **SMALL), expected)
     assert "No space left" in caplog.text
     assert files(root / "equipoise-cache") == []

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from equipoise.lab.config import RunConfig
 from equipoise.lab.data import DataError, load
 from equipoise.lab.data.molecules import PARTS, TARGETS
 from equipoise.lab.data.qm9 import PUBLISHED
+from equipoise.lab.networks import selected
+from equipoise.lab.runs import train
 
 SYMBOLS = ["H", "C", "N", "O", "F"]
 NUMBERS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
@@ -433,3 +436,37 @@ def test_the_published_row_of_equal_weights_has_its_published_delta_m():
     equal = [0.106, 0.325, 73.57, 89.67, 5.19, 14.06, 143.4, 144.2, 144.6, 140.3, 0.128]
     single = [PUBLISHED.values[target.name]["mae"] for target in TARGETS]
     assert delta_m(equal, single, [False] * 11, "drop") == pytest.approx(1.776, abs=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["igbv1+mgda", "stl"])
+def test_a_killed_run_on_graphs_ends_with_the_same_numbers(lite, tmp_path, recipe):
+    class Killed(BaseException):
+        pass
+
+    def kill(done, report):
+        if done > 1.2:
+            raise Killed
+
+    config = RunConfig.of(
+        recipe=recipe, data="qm9-lite", data_root=str(lite), model="mpnn(dim=4, hidden=5)",
+        epochs=3, batch_size=3, lr=0.01, device="cpu", schedule="plateau(patience=0)",
+    )  # fmt: skip
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", kill)
+    again = train(config, tmp_path / "killed")
+    assert (again["val"], again["test"]) == (whole["val"], whole["test"])
+
+    data = load("qm9-lite", lite)
+    model = selected(config, data, tmp_path / "whole")
+    model.eval()
+    inputs, targets = data.test[[0, 1]]
+    outputs = model(inputs)
+    for task in data.tasks:  # in the unit of the task, by hand
+        estimate, truth = (
+            task.mean + task.scale * x.detach().double().flatten().numpy()
+            for x in (outputs[task.name], targets[task.name])
+        )
+        expected = np.abs(estimate - truth).mean()
+        assert whole["test"][task.name] == {"mae": pytest.approx(expected, rel=1e-4)}
+        assert task.score({"mae": expected}) == pytest.approx(1 - expected / task.scale)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,20 @@ def test_the_page_says_how_the_numbers_were_made(page: str) -> None:
         "weights λ of the weighting are all 1 all the time for ew",
     ):
         assert part in text, part
+
+
+def test_a_schedule_and_published_numbers_are_said(comparison: Path) -> None:
+    runs = [read(run) for run in sorted((comparison / "runs").iterdir())]
+    summary = summarise([run.summary for run in runs]).summary
+    assert "schedule" not in " ".join(report.how(summary, runs))
+    assert "best mean score there was chosen" in " ".join(report.how(summary, runs))
+    halved = [replace(run, config={**run.config, "schedule": "halve"}) for run in runs]
+    assert "learning rate 0.001, schedule halve, pre" in " ".join(report.how(summary, halved))
+    baseline = {"source": "someone", "values": {}}
+    judged = [replace(run, result={**run.result, "baseline": baseline}) for run in runs]
+    assert "best Δm there, against published single-task numbers, was" in " ".join(
+        report.how(summary, judged)
+    )
 
 
 def test_the_page_holds_the_table(page: str, comparison: Path) -> None:

@@ -96,6 +96,13 @@ def test_a_recipe_without_rows_leaves_their_cell_empty(tmp_path):
     assert 0 <= float(row["conflict/probe"]) <= 100
 
 
+def test_conflicts_that_nobody_asks_for_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("equipoise.lab.runs.conflict", None)  # a call would be an error
+    train(config("ew", epochs=1, probes=0), tmp_path)
+    (row,) = rows(tmp_path)
+    assert row["conflict/probe"] == ""
+
+
 def test_the_seed_decides_the_numbers_and_nothing_else_does(tmp_path):
     torch.manual_seed(1)
     train(config(seed=3), tmp_path / "a")

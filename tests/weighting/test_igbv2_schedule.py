@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import regression_batch, regression_step
+from helpers import differences, regression_batch, regression_step
 from reference import gap_balancing as slow
 
 import equipoise as eq
@@ -138,11 +139,31 @@ def test_effort_is_exact_at_every_size() -> None:
         stub = Stub()
         weighting._agent = stub
         asked.clear()
-        sizes = list(range(1, capacity + 1, 1 if capacity < 1000 else 25))
+        sizes = range(1, capacity + 1)  # 1600 of 10,000 is 29 steps, and 28.999... in floats
         for n in sizes:
             stub.buffer.n = n
             weighting._learn()
         assert asked == [slow.sac_effort(n, capacity) for n in sizes]
+
+
+def test_a_learner_can_be_pickled_and_goes_on_the_same() -> None:
+    losses = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)).double() + 0.1
+    weighting = IGBv2(2, 3, torch.Generator().manual_seed(7), **SMALL)
+    for batch in losses[:20]:
+        weighting(batch)
+    again = pickle.loads(pickle.dumps(weighting))
+    for batch in losses[20:]:
+        assert torch.equal(weighting(batch), again(batch))
+
+
+def test_a_loss_that_single_precision_cannot_hold_is_refused() -> None:
+    weighting = IGBv2(1, 2, **SMALL)
+    for _ in range(12):
+        weighting(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    before = weighting.state_dict()
+    with pytest.raises(eq.NonFiniteError, match="1e[+]39"):
+        weighting(torch.tensor([1.0, 1e39], dtype=torch.float64))
+    assert not differences(before, weighting.state_dict())
 
 
 def test_the_reward_s_ablations(seen: list) -> None:

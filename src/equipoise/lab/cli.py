@@ -17,7 +17,15 @@ from rich.table import Table
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import diagnose_page, diagnosing, models, options, report, schedules
+from equipoise.lab import (
+    diagnose_page,
+    diagnosing,
+    grouping_command,
+    models,
+    options,
+    report,
+    schedules,
+)
 from equipoise.lab.comparison import (
     Comparison,
     Failure,
@@ -68,6 +76,7 @@ ScheduleText = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Precision = Annotated[str, typer.Option(help="32-true or bf16-mixed.")]
+Probes = Annotated[int, typer.Option(help="Batches to measure conflicts on after each epoch.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of one run.")]
 SignOption = Annotated[
     Sign,
@@ -109,6 +118,7 @@ def train(
     schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
+    probes: Probes = DEFAULT.probes,
     threads: Threads = DEFAULT.threads,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/DATA-RECIPE-seedN.")
@@ -118,7 +128,7 @@ def train(
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, optimizer=optimizer, schedule=schedule, device=device,
-        precision=precision, threads=threads,
+        precision=precision, probes=probes, threads=threads,
     )  # fmt: skip
     folder = out or Path("runs", f"{file_name(config.data)}-{run_name(config)}")
     refuse_another_run(config, folder)
@@ -150,6 +160,7 @@ def compare(
     schedule: ScheduleText = DEFAULT.schedule,
     device: Device = DEFAULT.device,
     precision: Precision = DEFAULT.precision,
+    probes: Probes = DEFAULT.probes,
     threads: Threads = DEFAULT.threads,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     sign: SignOption = "improvement",
@@ -165,7 +176,7 @@ def compare(
     common = {
         "data": data, "data_root": data_root, "model": model, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "device": device, "precision": precision, "threads": threads,
-        "schedule": schedule, "optimizer": optimizer,
+        "schedule": schedule, "optimizer": optimizer, "probes": probes,
     }  # fmt: skip
     configs = [
         RunConfig.of(recipe=recipe, seed=seed, **common)
@@ -269,6 +280,9 @@ def diagnose_runs(
         together = " ".join(map(str, runs))
         print(f"A page in each run's folder; all together: equipoise report {together}")
     return DONE
+
+
+app.command("group")(grouping_command.group)
 
 
 @app.command("list")

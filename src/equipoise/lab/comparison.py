@@ -172,9 +172,8 @@ def summary(outcome: Outcome) -> str:
     if isinstance(outcome, Failure):
         return f"failed: {outcome.message}"
     values = [
-        f"{task} {measure} {value:.4g}"
+        f"{task} " + ", ".join(f"{measure} {value:.4g}" for measure, value in found.items())
         for task, found in outcome["test"].items()
-        for measure, value in found.items()
     ]
     return f"{', '.join(values)} on test; {outcome['train_seconds']:.1f} s of training"
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -53,6 +53,11 @@ class RunConfig(BaseModel):
     device: str = "auto"
     """"cpu", "cuda" or "cuda:1"; "auto" becomes the one that is there."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    task_weights: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] | None = None
+    """Constant factors of the weighted losses, one for each task: those of a specialist."""
+    probes: int = Field(16, ge=0)
+    """Batches on which conflicts between the tasks are measured after each epoch, at the price of
+    one trunk backward a task each; 0: they are not."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch. Part of the configuration, for sums depend on it in the last digit."""
 

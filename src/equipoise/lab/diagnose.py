@@ -22,7 +22,7 @@ from equipoise.lab.diagnose_settings import Measure, Settings
 from equipoise.lab.evaluation import conflict, labelled
 from equipoise.lab.files import DamagedError, read_json, write_json
 from equipoise.lab.networks import Counted, Here, selected, separate
-from equipoise.lab.runs import PROBES, finished, seeded
+from equipoise.lab.runs import finished, seeded
 from equipoise.lab.tasks import Task
 from equipoise.trunk import SharedTrunk
 
@@ -31,6 +31,7 @@ SEED = 0
 """Of all draws: the same directions and the same samples for every run, so that runs are paired."""
 RHO = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # radii of the sharpness curve
 BINS = 50  # of the entropy's density
+PROBES = 16  # batches of training data, where the run itself has looked at none
 BATCH = 500  # samples looked at together
 
 Progress = Callable[[float, str], None]
@@ -185,7 +186,8 @@ class Subject:
         if len(self.networks) > 1:
             return {"left_out": dict.fromkeys(self.tasks, "its network is its own")}
         batches = loader(self.data.train, self.config.batch_size, shuffle_seed=0)
-        probes = self._counted(Here(batches, self.config.device, self.tasks, PROBES))
+        number = self.config.probes or PROBES
+        probes = self._counted(Here(batches, self.config.device, self.tasks, number))
         return {"selected": conflict(self.model, self.data.tasks, probes, nullcontext)}
 
     def _robustness(self) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from equipoise.atomic import replacing
 from equipoise.errors import EquipoiseError
 
 
@@ -19,27 +18,6 @@ class DamagedError(EquipoiseError, ValueError):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(f"{path} cannot be read; remove its folder to make the run again.")
-
-
-@contextmanager
-def replacing(path: str | Path) -> Generator[BinaryIO]:
-    """A file to write to, which takes the place of `path` when all went well, and only then.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written.
-    """
-    path = Path(path)
-    # In the same folder, for a rename is atomic within one file system only.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -110,9 +110,13 @@ def how(summary: Summary, runs: Sequence[Run]) -> Iterator[str]:
         "epochs": "{} epochs",
         "batch_size": "batches of {}",
         "lr": f"{_optimizers(runs)} with learning rate {{}}",
+        "schedule": "schedule {}",
         "precision": "precision {}",
     }
-    details = [text.format(settings[key]) for key, text in phrases.items() if key in settings]
+    given = {key: settings[key] for key in phrases if key in settings}
+    if given.get("schedule") == "none":
+        del given["schedule"]
+    details = [phrases[key].format(value) for key, value in given.items()]
     yield (
         f"{len(recipes)} {'recipe was' if len(recipes) == 1 else 'recipes were'} trained with "
         f"the seeds {seeds}" + (f": {', '.join(details)}." if details else ".")
@@ -125,9 +129,11 @@ def how(summary: Summary, runs: Sequence[Run]) -> Iterator[str]:
             f"{numbers['test']:,} test samples."
         )
     separate = SINGLE_TASK in recipes
+    published = any(run.result and run.result.get("baseline") for run in runs)
+    best = "Δm there, against published single-task numbers," if published else "mean score there"
     yield (
         "After every epoch all tasks were measured on the validation split. The epoch with the "
-        "best mean score there was chosen"
+        f"best {best} was chosen"
         + (f" ({SINGLE_TASK}: for each task its own)" if separate else "")
         + ", and the networks of that epoch were then measured on the test split, once."
     )

@@ -9,7 +9,11 @@ from equipoise.lab.tasks import Task
 
 
 class Result(TypedDict):
-    """What result.json holds. `val` and `test` are those of the best epoch by `score` on `val`."""
+    """What result.json holds.
+
+    `val` and `test` are those of the best epoch: by `delta_m` on `val` where the data set has
+    published single-task numbers, else by `score`.
+    """
 
     recipe: str
     seed: int

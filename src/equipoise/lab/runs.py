@@ -35,14 +35,24 @@ Progress = Callable[[float, StepReport], None]
 """Called after each step with the epochs done, fractions included, and the step's report."""
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-PROBES = 16  # batches on which conflict/probe is measured
 
 
-def train(config: RunConfig, folder: str | Path, progress: Progress | None = None) -> Result:
+def train(
+    config: RunConfig,
+    folder: str | Path,
+    progress: Progress | None = None,
+    make: Callable[[RunConfig], Run] | None = None,
+) -> Result:
     """Make the run, or what is left of it, in `folder`; a finished run is read, not repeated.
 
     A run that was killed goes on after its last finished epoch, and ends with the numbers that it
     would have had (the times apart).
+
+    Args:
+        config: what to run.
+        folder: where it is kept.
+        progress: called after each step.
+        make: makes the run; None: a plain `Run`.
 
     Raises:
         ConfigError: `folder` holds a run with another configuration.
@@ -55,7 +65,7 @@ def train(config: RunConfig, folder: str | Path, progress: Progress | None = Non
         return result
     folder.mkdir(parents=True, exist_ok=True)
     with seeded(config):
-        run = Run(config)
+        run = (make or Run)(config)
         write_json(folder / "config.json", config.model_dump(mode="json"))
         write_json(folder / "environment.json", environment(run.fabric.device))
         run.resume(folder)
@@ -98,8 +108,8 @@ class Run:
         losses = {task.name: task.loss for task in self.data.tasks}
         self.steps = len(loader(self.data.train, config.batch_size, shuffle_seed=None))
         self.step = Recipe.parse(config.recipe).build(
-            model, losses, config.lr, self.steps,
-            optimizer=OPTIMIZERS[config.optimizer], seed=config.seed,
+            model, losses, config.lr, self.steps, optimizer=OPTIMIZERS[config.optimizer],
+            seed=config.seed, task_weights=config.task_weights,
         )  # fmt: skip
         self.schedule = Schedule(config.schedule, self.step.optimizer)
         self.model = self.step.model  # for the baseline, one network a task
@@ -122,13 +132,13 @@ class Run:
     def train_epoch(self, progress: Progress | None = None) -> dict[str, Any]:
         """Go through the training data once; the first columns of metrics.csv."""
         epoch = len(self.rows) + 1
-        batches = self.batches(self.data.train, shuffle_seed=epoch_seed(self.config.seed, epoch))
+        batches = self.training_batches(epoch_seed(self.config.seed, epoch))
         reports: list[StepReport] = []
         self.model.train()
         start = time.perf_counter()
-        for inputs, targets in batches:
+        for batch in batches:
             with self.fabric.autocast():
-                reports.append(self.step(inputs, targets))
+                reports.append(self.train_on(batch))
             if progress is not None:
                 progress(epoch - 1 + len(reports) / self.steps, reports[-1])
         seconds = time.perf_counter() - start
@@ -150,6 +160,15 @@ class Run:
             "conflict/steps": mean_conflict(grams) if grams else None,
             "conflict/flat": mean_conflict(flat) if flat else None,
         }
+
+    def training_batches(self, seed: int) -> Iterable[Any]:
+        """The batches of an epoch whose order `seed` decides."""
+        return self.batches(self.data.train, shuffle_seed=seed)
+
+    def train_on(self, batch: Any) -> StepReport:
+        """One step."""
+        inputs, targets = batch
+        return self.step(inputs, targets)
 
     def validate(self) -> dict[str, Any]:
         """Measure on the validation split, and keep each network that is better than before."""
@@ -177,11 +196,15 @@ class Run:
     def judgements(self, values: Values, names: Sequence[str]) -> dict[str, float]:
         """What validation says of some tasks together, as numbers that are higher when better.
 
-        The mean of their scores; and Delta_m in percent, where the data set has published
-        single-task numbers, by which the protocols that have such numbers select.
+        The mean of their scores, for a specialist by its weights; and Delta_m in percent, where
+        the data set has published single-task numbers, by which the protocols that have such
+        numbers select.
         """
-        tasks = [task for task in self.data.tasks if task.name in names]
-        found = {"score": mean([task.score(values[task.name]) for task in tasks])}
+        shares = self.config.task_weights or [1.0] * len(self.data.tasks)
+        taken = {t.name: w for t, w in zip(self.data.tasks, shares, strict=True) if w}
+        tasks = [task for task in self.data.tasks if task.name in names and task.name in taken]
+        weights = [taken[task.name] for task in tasks]
+        found = {"score": mean([task.score(values[task.name]) for task in tasks], weights)}
         if self.data.baseline is not None:
             found["delta_m"] = improvement(tasks, values, self.data.baseline)
         return found
@@ -201,9 +224,11 @@ class Run:
         batches = self.batches(split, shuffle_seed=None)
         return evaluate(self.model, self.data.tasks, batches, self.fabric.autocast)
 
-    def probe(self) -> float:
+    def probe(self) -> float | None:
         """Percent of conflicting task pairs on training batches that are the same in every run."""
-        batches = islice(self.batches(self.data.train, shuffle_seed=0), PROBES)
+        if not self.config.probes:
+            return None
+        batches = islice(self.batches(self.data.train, shuffle_seed=0), self.config.probes)
         return conflict(self.model, self.data.tasks, batches, self.fabric.autocast)
 
     def batches(self, split: Split, shuffle_seed: int | None) -> Iterable[Batch]:
@@ -216,7 +241,14 @@ class Run:
         write_rows(folder / "metrics.csv", self.rows)
         with replacing(folder / "checkpoint.ckpt") as file:
             state = {"step": self.step.state_dict(), "schedule": self.schedule.state_dict()}
-            torch.save({**state, "rows": self.rows, "best": self.best}, file)
+            torch.save({**state, "rows": self.rows, "best": self.best, **self.more_state()}, file)
+
+    def more_state(self) -> dict[str, Any]:
+        """What a kind of run keeps in its checkpoint besides."""
+        return {}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on with what `more_state` gave."""
 
     def resume(self, folder: Path) -> None:
         """Go back to the last epoch that was saved in `folder`, if there is one."""
@@ -229,6 +261,7 @@ class Run:
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state.get("schedule", {}))
             self.rows, self.best = state["rows"], state["best"]
+            self.take(state)
 
     def result(self) -> Result:
         """Measure the best networks on the test split; for the first and only time."""
@@ -294,9 +327,13 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def mean(scores: list[float]) -> float:
+def mean(scores: list[float], weights: list[float] | None = None) -> float:
     """The mean of those that are known: a task may have no label to validate on (NaN)."""
-    return float(torch.tensor(scores, dtype=torch.float64).nanmean())
+    values = torch.tensor(scores, dtype=torch.float64)
+    if weights is None or len(set(weights)) == 1:
+        return float(values.nanmean())
+    shares = torch.where(values.isnan(), 0.0, torch.tensor(weights, dtype=torch.float64))
+    return float((shares * values.nan_to_num()).sum() / shares.sum())
 
 
 def columns(

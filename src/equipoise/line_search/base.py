@@ -138,9 +138,14 @@ class LineSearch:
         parts = {"full": head + shared, "head": head, "latent": shared}
         return parts[self.rule if rule is None else rule]
 
-    def descends(self, products: Tensor) -> bool:
-        """Whether a direction with these products (T,) lets no loss grow, to first order."""
-        if not self.needs_products:
+    def descends(self, products: Tensor, rule: Rule | None = None) -> bool:
+        """Whether a direction with these products (T,) lets no loss grow, to first order.
+
+        Args:
+            products: of the tasks' gradients with it.
+            rule: None: that of this search; with "head" any direction will do.
+        """
+        if (self.rule if rule is None else rule) == "head":
             return True
         judged = products.sum() if self.objective == "sum" else products
         return bool((judged >= 0).all())

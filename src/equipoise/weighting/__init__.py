@@ -4,6 +4,7 @@ from equipoise.weighting.base import Weighting
 from equipoise.weighting.dwa import DWA
 from equipoise.weighting.ew import EW
 from equipoise.weighting.famo import FAMO
+from equipoise.weighting.fixed import Fixed
 from equipoise.weighting.gls import GLS
 from equipoise.weighting.gradnorm import GradNorm
 from equipoise.weighting.igbv1 import IGBv1
@@ -27,6 +28,7 @@ __all__ = [
     "SI",
     "STCH",
     "UW",
+    "Fixed",
     "GradNorm",
     "IGBv1",
     "IGBv2",

@@ -59,6 +59,11 @@ class Weighting(_ResizingModule, ABC):
         a loop of one's own.
         """
 
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Positions of the tasks that take no part in the training, as if they had no labels."""
+        return frozenset()
+
     def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """The weighted losses.
 

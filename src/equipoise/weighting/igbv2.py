@@ -18,6 +18,8 @@ from equipoise.weighting.positive import SOLVED
 from equipoise.weighting.sac import Agent, require_stable_baselines3
 from equipoise.weighting.si import SI
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 class IGBv2(GeneratorState, SI):
     """Improvable gap balancing, version 2 (Dai et al., arXiv 2307.15429, section 3.2.2, eq. 4).
@@ -62,7 +64,10 @@ class IGBv2(GeneratorState, SI):
         width: of the two hidden layers of each network.
         temperature: initial value of the learned weight of the entropy.
         target_entropy: the entropy that is learned for; None: -T.
-        bound: half the side of the box of logits; weights differ by at most exp(2 bound).
+        bound: half the side of the box of logits; weights differ by at most exp(2 bound). At 1.6
+            an untrained policy, tanh of a normal number, draws logits with a standard deviation of
+            1, as the published one, which has no box, and the random weights before it. Smaller
+            ones are calmer, and better for as long as the agent has learned little.
 
     Raises:
         MissingExtraError: stable-baselines3 is not installed.
@@ -105,7 +110,7 @@ class IGBv2(GeneratorState, SI):
         width: int = 128,
         temperature: float = 0.2,
         target_entropy: float | None = None,
-        bound: float = 3.0,
+        bound: float = 1.6,
     ) -> None:
         require_stable_baselines3(type(self).__name__)
         super().__init__(generator)
@@ -184,7 +189,8 @@ class IGBv2(GeneratorState, SI):
         if len(losses) != self.n_tasks:
             raise ValueError(f"IGBv2 was built for n_tasks={self.n_tasks} but got {len(losses)}.")
         for i, loss in enumerate(losses.tolist()):
-            if not math.isfinite(loss):  # once in the buffer it would spoil the agent for good
+            # Once in the buffer, in single precision, it would spoil the agent for good.
+            if not abs(loss) <= LARGEST:
                 raise NonFiniteError(i, f"loss is {loss}. Leave this batch out.")
 
     def _store(self, state: Tensor, present: Tensor) -> None:
@@ -213,8 +219,10 @@ class IGBv2(GeneratorState, SI):
         agent = self._ready()
         size = agent.buffer.size()
         if size:
-            k = 1 + size / self.buffer_size
-            steps, batch = int(self.gradient_steps * k / 2), int(self.batch_size * k / 2)
+            # Whole numbers: in floats 50 * 1.16 / 2 falls below 29.
+            filled, whole = self.buffer_size + size, 2 * self.buffer_size
+            steps = int(self.gradient_steps * filled // whole)
+            batch = int(self.batch_size * filled // whole)
             agent.learn(steps, batch, self.generator)
 
     def begin(self, lr: float) -> None:

@@ -90,16 +90,13 @@ class Agent:
         from stable_baselines3 import SAC
         from stable_baselines3.common.logger import Logger
 
-        class Spaces(Env):
-            """Declares shapes; there is nothing to reset and nothing to step."""
-
-            observation_space = spaces.Box(-np.inf, np.inf, (n_tasks,), np.float32)
-            action_space = spaces.Box(-1.0, 1.0, (n_tasks,), np.float32)
-
+        shapes: Env = Env()  # there is nothing to reset and nothing to step
+        shapes.observation_space = spaces.Box(-np.inf, np.inf, (n_tasks,), np.float32)
+        shapes.action_space = spaces.Box(-1.0, 1.0, (n_tasks,), np.float32)
         with lent(generator), torch.device("cpu"), _single_precision():
             self.sac = SAC(
                 "MlpPolicy",
-                Spaces(),
+                shapes,
                 learning_rate=lr,
                 buffer_size=buffer_size,
                 tau=tau,

@@ -83,7 +83,16 @@ def molecules(
             standardised = (known[chosen[part]] - mean) / scale
             targets[part][target.name] = torch.from_numpy(standardised).float()
     train, val, test = (Split(graphs.taken(chosen[part]), targets[part]) for part in PARTS)
-    return Data(name, tuple(tasks), train, val, test, graphs.widths, description, baseline=baseline)
+    return Data(
+        name=name,
+        tasks=tuple(tasks),
+        train=train,
+        val=val,
+        test=test,
+        input_shape=graphs.widths,
+        description=description,
+        baseline=baseline,
+    )
 
 
 def refuse_sizes(name: str, limits: Sequence[int | None]) -> None:

@@ -71,7 +71,9 @@ def multimnist(
         canvas: side of the canvas in pixels, or its (height, width).
         left: row and column of the first image's upper left corner.
         right: the same of the second image. `right=(6, 6), resize=28` is the geometry of Sener &
-            Koltun (2018); `canvas=(28, 36), right=(0, 8)` moves the images sideways only.
+            Koltun (2018); `canvas=(28, 36), right=(0, 8)` moves the images sideways only, 4
+            pixels to each side, as the thesis about fast line search does (with `train=60000,
+            test=10000`).
         overlap: where both images are: "max", the larger of the two, or "sum", at most white.
         resize: side or (height, width) to which the canvas is brought at the end, each pixel
             that of the canvas at its centre; None: as it is.

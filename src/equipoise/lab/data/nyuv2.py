@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from equipoise.lab.data import npy
 from equipoise.lab.data.base import Baseline, Data, DataError
 from equipoise.lab.data.pixels import Augmentation, Read, ReadSplit, Sample
 from equipoise.lab.dense import Depth, Normals, Pooling, Segmentation
-from equipoise.lab.files import DamagedError, read_json, write_json
 
 ARRAYS = "https://github.com/lorenmt/mtan"
 MIRROR = "https://huggingface.co/datasets/tanganke/nyuv2"
@@ -92,8 +91,10 @@ def nyuv2(
         readers, size = arrays(found.folder)
     (train, number), (other, others) = (readers[part] for part in PARTS)
     chosen = held_out(others, seed)
-    _write_down(found.folder, cache, seed, others, chosen)
     rest = [place for place in range(others) if place not in set(chosen)]
+    where = kept.folder(found.folder, cache)
+    path = None if where is None else where / f"nyuv2-split-{others}-seed{seed}.json"
+    kept.write_down(path, {"val": chosen, "test": rest})
     variation = Augmentation(depths=("depth",), normals=("normals",)) if augment else None
     return Data(
         "nyuv2",
@@ -154,7 +155,10 @@ def arrays(folder: Path) -> tuple[Readers, tuple[int, int]]:
     Raises:
         DataError: one is missing, cut off or of another shape; names it.
     """
-    first = npy.header(folder / "train" / "image" / "0.npy", _again())
+    path = folder / "train" / "image" / "0.npy"
+    first = npy.header(path, _again())
+    if len(first) != 3:
+        raise _damaged(path, f"has shape {first} instead of (H, W, 3)")
     size: tuple[int, int] = first[0], first[1]
     readers: Readers = {}
     for part in PARTS:
@@ -313,27 +317,6 @@ def held_out(number: int, seed: int) -> list[int]:
         range(number), key=lambda i: hashlib.sha256(f"nyuv2 {seed} {i}".encode()).digest()
     )
     return sorted(order[:share])
-
-
-def _write_down(
-    folder: Path, cache: str | None, seed: int, number: int, chosen: Sequence[int]
-) -> None:
-    """Keep the lists in a file, for whoever wants to use the same split elsewhere."""
-    where = kept.folder(folder, cache)
-    if where is None:
-        return
-    path = where / f"nyuv2-split-{number}-seed{seed}.json"
-    lists = {"val": list(chosen), "test": sorted(set(range(number)) - set(chosen))}
-    try:
-        if path.exists() and read_json(path) == lists:
-            return
-    except (DamagedError, OSError):
-        pass  # written again
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-        write_json(path, lists)
-    except OSError as error:
-        kept.notices.warning("%s cannot be kept (%s); going on without it.", path, error)
 
 
 def _refuse_other_shape(

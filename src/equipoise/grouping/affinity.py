@@ -1,0 +1,188 @@
+"""Other measures of which tasks help each other: gradient cosines, and TAG's lookahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.batch import Batch
+from equipoise.boundary import Gradients
+from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
+from equipoise.labels import Labels
+from equipoise.ranks import Ranks
+from equipoise.replay import Replay, devices_of, frozen_buffers, unchanged_on_error
+from equipoise.step_report import StepReport
+from equipoise.trunk import SharedTrunk
+
+
+class _PairMean(nn.Module):
+    """The mean over steps of a (T, T) matrix, each pair over the steps that know it."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.register_buffer("total", torch.zeros(len(tasks), len(tasks), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(len(tasks), len(tasks), dtype=torch.int64))
+
+    def _add(self, values: Tensor) -> None:
+        known = ~values.isnan()
+        self.total += torch.where(known, values, 0.0)
+        self.count += known
+
+    def matrix(self) -> Tensor:
+        """(T, T) float64 mean affinities so far; `affinity_gram` prepares them for `cluster`.
+
+        Raises:
+            EquipoiseError: two tasks have never been measured together; names them.
+        """
+        never = (self.count == 0).nonzero()
+        if len(never):
+            first, second = (self.tasks[i] for i in never[0].tolist())
+            raise EquipoiseError(
+                f"tasks {first!r} and {second!r} have never been measured together; update with "
+                "batches in which both have labels, and losses that are not 0."
+            )
+        return self.total / self.count
+
+
+class GradientAffinity(_PairMean):
+    """Mean cosine between the task gradients, from what gradient recipes compute anyway.
+
+    Each step's `report` has the inner products of the gradients of the shared parameters (at
+    `level="features"`: of the features), of which constant factors and weights do not change the
+    cosines. A step without them, or a gradient that is zero, counts for no pair.
+
+    Args:
+        tasks: names of the T tasks.
+
+    State: 2 T^2 numbers, in `state_dict`.
+    """
+
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        super().__init__(tuple(tasks))
+
+    def update(self, report: StepReport) -> None:
+        """Count one step.
+
+        Raises:
+            EquipoiseError: the step has formed no inner products, or is one of other tasks.
+        """
+        if report.tasks != self.tasks:
+            raise EquipoiseError(f"the report is of tasks {report.tasks}, not {self.tasks}.")
+        if report.cosines is None:
+            raise EquipoiseError(
+                "the step formed no inner products of gradients, as loss-only recipes do not; use "
+                "a gradient recipe, for example 'pcgrad' or 'mgda-ub'."
+            )
+        self._add(report.cosines.clamp(-1, 1))
+
+
+class LookaheadAffinity(_PairMean):
+    """TAG's inter-task affinity (Fifty et al., NeurIPS 2021, arXiv 2109.04617, section 4.1).
+
+    Z[i, j] = 1 - L_j(theta - lr g_i, phi_j) / L_j(theta, phi_j), averaged over steps: by which part
+    the loss of task j falls when the trunk alone follows the gradient g_i of task i. All looks are
+    at the same batch, with the same dropout masks; parameters, buffers and random generators are
+    afterwards as before. Above 0, task i helps task j.
+
+    Args:
+        model: a SharedTrunk.
+        losses: task name -> callable(output, target) -> mean over the samples.
+        lr: the length of the lookahead step.
+
+    Passes, for T tasks: trunk T + 1 forwards and T backwards, each head T + 1 forwards and one
+    backward; so look at each tenth batch or so, as the paper proposes. Memory: a copy of the
+    trunk and one gradient. State: 2 T^2 numbers, in `state_dict`.
+
+    Raises:
+        ValueError: `lr` is not positive.
+        TaskError: a task without a loss.
+    """
+
+    def __init__(
+        self, model: SharedTrunk, losses: Mapping[str, Callable[[Any, Any], Tensor]], lr: float
+    ) -> None:
+        super().__init__(model.tasks)
+        if not lr > 0:
+            raise ValueError(f"lr is {lr}; it must be positive.")
+        for task in model.tasks:
+            if task not in losses:
+                raise TaskError(task, "has a head but no loss; add it to `losses`.")
+        self._model = (model,)  # no submodule: the state is the affinities alone
+        self.losses, self.lr = dict(losses), lr
+
+    def update(
+        self, inputs: Any, targets: Mapping[str, Any], masks: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Look at one batch.
+
+        Args:
+            inputs: what the trunk takes.
+            targets: as a step gets them; absent tasks count for no pair.
+            masks: likewise.
+
+        Returns:
+            (T, T) float64, Z of this batch; NaN for absent tasks, and where L_j is 0.
+
+        Raises:
+            TaskError: what is wrong with which task; nothing has changed then.
+        """
+        model = self._model[0]
+        labels = Labels(model.tasks, targets, masks, Ranks())
+        found = torch.full_like(self.total, torch.nan, device="cpu")
+        with unchanged_on_error(model, (), devices_of(model)) as random, frozen_buffers(model):
+            if labels.names:
+                found[torch.outer(labels.present, labels.present)] = self._look(
+                    model, inputs, labels
+                ).flatten()
+            random.restore()
+        self._add(found.to(self.total.device))
+        return found
+
+    def _look(self, model: SharedTrunk, inputs: Any, labels: Labels) -> Tensor:
+        """(T', T') of the present tasks."""
+        with torch.enable_grad():
+            batch = Batch(model, self.losses, inputs, labels, Ranks(), True, Replay(model))
+            batch.heads_backward(torch.ones(len(labels.names), dtype=torch.float64))
+        before = [p.detach().clone() for p in batch.trunk_parameters]
+        after = torch.empty(len(labels.names), len(labels.names), dtype=torch.float64)
+        try:
+            for i in range(len(labels.names)):
+                own = batch.row(i, retain_graph=True)
+                gradient = batch.ranks.sum_gradients(own, batch.trunk_parameters)
+                _move(batch.trunk_parameters, before, gradient, self.lr)
+                with torch.no_grad():
+                    after[i] = _losses(batch)
+                # Here, for the next task's backward goes through these parameters.
+                _move(batch.trunk_parameters, before, [], 0.0)
+        finally:
+            _move(batch.trunk_parameters, before, [], 0.0)
+        for j, task in enumerate(labels.names):
+            if not bool(after[:, j].isfinite().all()):
+                raise NonFiniteError(
+                    task, f"loss is not finite after a lookahead with lr={self.lr}; lower it."
+                )
+        return torch.where(batch.losses != 0, 1 - after / batch.losses, torch.nan)
+
+
+def _losses(batch: Batch) -> Tensor:
+    """(T',) of the joint batch for the trunk as it is now, with the draws of the first pass."""
+    features = batch.features_again()
+    values = [batch.loss_again(k, features) for k in range(len(batch.labels.names))]
+    numbers = torch.tensor([0.0 if v is None else float(v) for v in values], dtype=torch.float64)
+    return batch.ranks.sum(numbers * batch.labels.shares)
+
+
+def _move(parameters: Any, values: list[Tensor], gradient: Gradients, lr: float) -> None:
+    """Set parameters to `values`, minus lr times the gradient where there is one."""
+    with torch.no_grad():
+        steps = gradient or [None] * len(values)
+        for p, value, g in zip(parameters, values, steps, strict=True):
+            # Through .data: the graph of the batch holds the parameter.
+            p.data.copy_(value if g is None else value - lr * g)

@@ -1,0 +1,126 @@
+"""Recorder: data maps from the training's own forward passes, or from passes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from equipoise.errors import EquipoiseError
+from equipoise.grouping.data_maps import DataMaps
+from equipoise.grouping.scores import Kind, true_class_probability
+from equipoise.replay import RandomState, devices_of, frozen_buffers
+from equipoise.trunk import SharedTrunk
+
+
+class Recorder:
+    """Writes into data maps what the heads of a model give in training.
+
+    It listens to the first output of each head: with dropout on, and before the batch has changed
+    the weights, as STG-MTL's code does. A step with flat regions or trials looks at
+    the heads several times; the first time counts.
+
+    Args:
+        model: the network that is trained.
+        maps: where to.
+        kinds: as in `true_class_probability`.
+        scales: as in `true_class_probability`.
+
+    Raises:
+        ValueError: the maps are for another number of tasks.
+
+    Example:
+        >>> record = Recorder(model, maps)
+        >>> for inputs, targets, index in loader:
+        ...     with record(targets, index):
+        ...         step(inputs, targets)
+        >>> maps.end_epoch()
+    """
+
+    def __init__(
+        self,
+        model: SharedTrunk,
+        maps: DataMaps,
+        kinds: Mapping[str, Kind] | Kind | None = None,
+        scales: Mapping[str, float] | float | None = None,
+    ) -> None:
+        if maps.n_tasks != len(model.tasks):
+            raise ValueError(f"maps for {maps.n_tasks} tasks, a model with {len(model.tasks)}.")
+        self.model, self.maps = model, maps
+        self.kinds, self.scales = kinds, scales
+
+    @contextmanager
+    def __call__(
+        self,
+        targets: Mapping[str, Any],
+        index: Tensor,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Generator[None]:
+        """The body trains on one batch, which is recorded once it has ended without an error.
+
+        Args:
+            targets: of the batch, by task name.
+            index: (B,) which samples it holds.
+            masks: as the step gets them.
+
+        Raises:
+            EquipoiseError: no head was called.
+            TaskError, ValueError: what `true_class_probability` or `DataMaps.update` refuses.
+        """
+        outputs: dict[str, Tensor] = {}
+
+        def listen(task: str) -> Any:
+            def first(module: nn.Module, inputs: Any, output: Any) -> None:
+                if task not in outputs:
+                    outputs[task] = output.detach()
+
+            return first
+
+        hooks = [head.register_forward_hook(listen(t)) for t, head in self.model.heads.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not outputs:
+            raise EquipoiseError("no head of the model was called; train on a batch in the body.")
+        self._record(outputs, targets, index, masks)
+
+    def _record(self, outputs: Any, targets: Any, index: Tensor, masks: Any = None) -> None:
+        scores = true_class_probability(
+            outputs,
+            targets,
+            kinds=self.kinds,
+            scales=self.scales,
+            masks=masks,
+            tasks=self.model.tasks,
+        )
+        self.maps.update(scores, index)
+
+    def look(self, batches: Iterable[tuple[Any, Mapping[str, Any], Tensor]]) -> None:
+        """A pass of its own over all samples, in evaluation mode, instead of recording in training.
+
+        The model, its modes and buffers, and torch's random generators are afterwards as before.
+
+        Args:
+            batches: triples (inputs, targets by task name, indices).
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        random = RandomState(devices_of(self.model))
+        device = next(iter(self.model.parameters())).device
+        self.model.eval()
+        try:
+            with torch.no_grad(), frozen_buffers(self.model):
+                for batch in batches:
+                    inputs, targets, index = pytree.tree_map(
+                        lambda x: x.to(device) if isinstance(x, Tensor) else x, tuple(batch)
+                    )
+                    self._record(self.model(inputs), targets, index)
+        finally:
+            random.restore()
+            for module, mode in modes.items():
+                module.training = mode

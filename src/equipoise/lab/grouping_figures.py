@@ -1,0 +1,83 @@
+"""The pictures of a grouping: data maps, memberships, the tree of tasks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import dendrogram
+from torch import Tensor
+
+from equipoise.grouping import DataMaps, Groups, linkage
+from equipoise.lab.figures import INK, STYLE, canvas
+from equipoise.lab.files import replacing
+
+
+def write(folder: Path, maps: DataMaps, groups: Groups, gram: Tensor) -> None:
+    """Write all pictures as SVG: map-TASK, memberships, tree."""
+    current = maps.current().numpy()
+    for task, points in zip(groups.tasks, current, strict=True):
+        save(data_map(points, task), folder / f"map-{re.sub(r'[^A-Za-z0-9.-]', '_', task)}.svg")
+    save(memberships(groups), folder / "memberships.svg")
+    if len(groups.tasks) > 1:
+        save(tree(gram, groups.tasks), folder / "tree.svg")
+
+
+def data_map(points: np.ndarray, task: str) -> Figure:
+    """Where the samples of a task lie: confidence up, variability to the right, by their number.
+
+    Args:
+        points: (N, 2) mean and deviation of the probability of the true class; (0, 0) is left out.
+        task: its name.
+    """
+    seen = points[(points != 0).any(1)]
+    with canvas(task) as (figure, axes):
+        drawn = axes.hexbin(
+            seen[:, 1], seen[:, 0], gridsize=36, extent=(0, 0.5, 0, 1), mincnt=1, bins="log",
+            cmap="viridis_r", linewidths=0.1,
+        )  # fmt: skip
+        figure.colorbar(drawn, ax=axes, label="samples").ax.yaxis.set_major_formatter(
+            lambda value, _: f"{value:g}"
+        )
+        axes.set(xlabel="variability σ", ylabel="confidence μ", xlim=(0, 0.5), ylim=(0, 1))
+    return figure
+
+
+def memberships(groups: Groups) -> Figure:
+    """How much each task belongs to each group."""
+    w = groups.memberships.numpy()
+    with canvas("Memberships", height=1.0 + 0.2 * len(w)) as (figure, axes):
+        axes.imshow(w, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(w)), groups.tasks)
+        axes.set_xticks(range(w.shape[1]), [f"group {j + 1}" for j in range(w.shape[1])])
+        if w.shape[1] <= 10:
+            for i, row in enumerate(w):
+                for j, value in enumerate(row):
+                    colour = "white" if value > 0.6 else INK
+                    text = f"{value:.2f}"
+                    axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+    return figure
+
+
+def tree(gram: Tensor, tasks: tuple[str, ...]) -> Figure:
+    """Which tasks join first, by the mean distance of their maps."""
+    with canvas("Distances of the maps", height=1.0 + 0.2 * len(tasks)) as (figure, axes):
+        dendrogram(
+            linkage(gram), ax=axes, labels=list(tasks), orientation="right",
+            link_color_func=lambda _: INK, leaf_font_size=8,
+        )  # fmt: skip
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel="distance")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a file of its own, the same for the same numbers."""
+    style: Any = {**STYLE, "svg.hashsalt": path.stem}
+    with matplotlib.rc_context(style), replacing(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
