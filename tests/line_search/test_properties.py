@@ -286,15 +286,18 @@ def test_passes(search: Callable, aggregator: Callable, trunk: Callable, n: int)
 
 def test_passes_of_a_verified_step() -> None:
     seen = set()
-    for upper in (1.0, 1024.0):
-        search = eq.FastBacktracking(verify=True, rule="latent", upper=upper)
-        step = counted_step(search, eq.MGDA(), 3)
-        report = step(*regression_batch(step.model.tasks))
-        forwards, backwards = step.model.trunk.counts()
+    for size in (0.1, 10.0):  # of the inputs, and so of J J^T
+        trunk = Counted(nn.Linear(5, 6).double())
+        model = eq.SharedTrunk(trunk, {t: nn.Linear(6, 1).double() for t in THREE})
+        search = eq.FastBacktracking(verify=True)
+        step = eq.Step(model, all_tasks(model, F.mse_loss), sgd(model), line_search=search)
+        inputs, targets = regression_batch(THREE)
+        report = step(size * inputs, targets)
+        forwards, backwards = trunk.counts()
         if report.verified:
             assert (forwards, backwards) == (2, 1)
         else:  # 1, the one that verifies, and those of Backtracking, which starts anew
-            tried = 1 + math.log2(upper / report.step_size)
+            tried = 1 - math.log2(report.step_size)
             assert (forwards, backwards) == (2 + tried, 1 + 3)
             assert report.trials > tried
         seen.add(report.verified)
