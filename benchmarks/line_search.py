@@ -1,12 +1,12 @@
 """What a line search costs over plain SGD.
 
-    python benchmarks/line_search.py [--rounds 15] [--steps 5] [--threads 1] [--json FILE] [--tasks N]
+    python benchmarks/line_search.py [--rounds 15] [--steps 3] [--tasks N] [--json FILE]
 
-Two baselines: "sum" is one forward, one backward of the summed losses, `optimizer.step`; "per task"
-is one forward and a backward through the whole network for each task, as the thesis' table has it.
-Every round times a few steps of each method, as in `benchmarks/step.py`, and gives a ratio for each
-baseline; the table shows the medians, and the quartiles of the first. `trials` is the mean number of
-trial steps, `BLS trials` is what makes it dear: each is a forward of the whole network.
+Two baselines: summed SGD is one forward, one backward of the summed losses, `optimizer.step`;
+per-task SGD one forward and a backward through the whole network for each task, as the thesis'
+table has it. Every round times a few steps of each method, as in `benchmarks/step.py`, and gives a
+ratio for each baseline; the table shows medians, and the quartiles of the first. `trials` is the
+mean number of trial steps: each is a forward pass, of the heads for fbls, of all for bls.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=5, help="steps timed in a row")
+    parser.add_argument("--steps", type=int, default=3, help="steps timed in a row")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--json", default=None, help="write the rows here")
     parser.add_argument("--tasks", type=int, default=None, help="only the problem with so many")

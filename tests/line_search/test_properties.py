@@ -288,9 +288,10 @@ def test_passes_of_a_verified_step() -> None:
     seen = set()
     for size in (0.1, 10.0):  # of the inputs, and so of J J^T
         trunk = Counted(nn.Linear(5, 6).double())
-        model = eq.SharedTrunk(trunk, {t: nn.Linear(6, 1).double() for t in THREE})
+        heads = {t: nn.Linear(6, 1).double().requires_grad_(False) for t in THREE}
+        model = eq.SharedTrunk(trunk, heads)
         search = eq.FastBacktracking(verify=True)
-        step = eq.Step(model, all_tasks(model, F.mse_loss), sgd(model), line_search=search)
+        step = eq.Step(model, all_tasks(model, F.mse_loss), sgd(trunk), line_search=search)
         inputs, targets = regression_batch(THREE)
         report = step(size * inputs, targets)
         forwards, backwards = trunk.counts()
