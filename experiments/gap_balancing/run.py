@@ -22,6 +22,7 @@ from experiments.common import Part
 
 LOSS_BALANCING = ("ew", "si", "rlw", "dwa", "uw", "igbv1", "igbv2")
 GRADIENT_BALANCING = ("mgda", "pcgrad", "cagrad", "imtl", "nash")
+CALM = "igbv2(bound=0.8)"
 TOGETHER = ("igbv1+nash", "igbv2+cagrad")
 
 MOLECULES = {
@@ -42,8 +43,8 @@ IMAGES = {
 HALVED = {**IMAGES, "schedule": "halve(every=8)"}
 
 PARTS = {
-    "molecules": Part(("stl", *LOSS_BALANCING, *GRADIENT_BALANCING, *TOGETHER), MOLECULES),
-    "images": Part(("stl", *LOSS_BALANCING, "rlw-si", "dwa-si"), IMAGES),
+    "molecules": Part(("stl", *LOSS_BALANCING, CALM, *GRADIENT_BALANCING, *TOGETHER), MOLECULES),
+    "images": Part(("stl", *LOSS_BALANCING, CALM, "rlw-si", "dwa-si"), IMAGES),
     "ablation": Part(
         (
             "stl",
@@ -55,7 +56,7 @@ PARTS = {
             "igbv2(buffer_size=5000)",
             "igbv2(buffer_size=50000)",
             "igbv2(buffer_size=1000000)",
-            "igbv2(bound=1.6)",
+            CALM,
         ),
         HALVED,
     ),

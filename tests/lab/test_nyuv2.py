@@ -271,6 +271,8 @@ def resave(change: Any) -> Any:
         ("val/normal/3.npy", lambda p: p.write_text("<html>"), "val/normal/3.npy is no .npy file"),
         ("train/image/4.npy", resave(lambda x: x[1:]),
          r"image/4.npy has shape \(31, 48, 3\) instead of \(32, 48, 3\)"),
+        ("train/image/0.npy", resave(lambda x: x[0, 0]),
+         r"image/0.npy has shape \(3,\) instead of \(H, W, 3\)"),
         ("train/depth/0.npy", resave(lambda x: x[..., 0]),
          r"depth/0.npy has shape \(32, 48\) instead of \(32, 48, 1\)"),
         ("train/label/0.npy", resave(lambda x: x.astype("U1")), "label/0.npy holds <U1, not numb"),

@@ -64,7 +64,10 @@ class IGBv2(GeneratorState, SI):
         width: of the two hidden layers of each network.
         temperature: initial value of the learned weight of the entropy.
         target_entropy: the entropy that is learned for; None: -T.
-        bound: half the side of the box of logits; weights differ by at most exp(2 bound).
+        bound: half the side of the box of logits; weights differ by at most exp(2 bound). At 1.6
+            an untrained policy, tanh of a normal number, draws logits with a standard deviation of
+            1, as the published one, which has no box, and the random weights before it. Smaller
+            ones are calmer, and better for as long as the agent has learned little.
 
     Raises:
         MissingExtraError: stable-baselines3 is not installed.
@@ -107,7 +110,7 @@ class IGBv2(GeneratorState, SI):
         width: int = 128,
         temperature: float = 0.2,
         target_entropy: float | None = None,
-        bound: float = 3.0,
+        bound: float = 1.6,
     ) -> None:
         require_stable_baselines3(type(self).__name__)
         super().__init__(generator)

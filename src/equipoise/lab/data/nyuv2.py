@@ -155,7 +155,10 @@ def arrays(folder: Path) -> tuple[Readers, tuple[int, int]]:
     Raises:
         DataError: one is missing, cut off or of another shape; names it.
     """
-    first = npy.header(folder / "train" / "image" / "0.npy", _again())
+    path = folder / "train" / "image" / "0.npy"
+    first = npy.header(path, _again())
+    if len(first) != 3:
+        raise _damaged(path, f"has shape {first} instead of (H, W, 3)")
     size: tuple[int, int] = first[0], first[1]
     readers: Readers = {}
     for part in PARTS:
