@@ -5,6 +5,7 @@ A page may hold three kinds of mark, each on a line of its own:
     <!-- methods: weighting -->          the registered methods of one axis, as a table
     <!-- names: equipoise.weighting -->  the documentation of every public name of a module
     <!-- result: flat-regions accuracy -->  a table of docs/results/flat-regions.json
+    <!-- result: weighting rows -->         the rows of a benchmark, as a table
 
 so that a new method, or a new name, needs no change in the documentation. MkDocs calls
 `on_page_markdown` for every page; `python docs/gen_pages.py` prints the table of methods.
@@ -53,10 +54,15 @@ def names(module: str) -> str:
 
 
 def result(what: str) -> str:
-    """One table of an experiment, as it was measured."""
+    """One table of an experiment, or the rows of a benchmark, as it was measured."""
     file, _, name = what.partition(" ")
     path = Path(__file__).parent / "results" / f"{file}.json"
-    return "\n".join(json.loads(path.read_text(encoding="utf-8"))["tables"][name])
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    if name != "rows":
+        return "\n".join(measured["tables"][name])
+    rows = measured["rows"]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def expand(markdown: str) -> str:

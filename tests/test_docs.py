@@ -168,6 +168,9 @@ def test_a_table_of_results_is_taken_as_it_was_measured(gen_pages: ModuleType) -
     assert "\n| --- | --- |" in page  # a table, line by line
     with pytest.raises(KeyError):
         gen_pages.expand("<!-- result: flat-regions colour -->")
+    rows = gen_pages.result("step rows").splitlines()
+    first = json.loads((ROOT / "docs/results/step.json").read_text(encoding="utf-8"))["rows"][0]
+    assert rows[0] == f"| {' | '.join(first)} |" and str(first["over SGD"]) in rows[2]
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)

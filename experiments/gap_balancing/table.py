@@ -66,13 +66,12 @@ class Compared:
 
 
 def deltas(part: Compared, beside: Sequence[str]) -> str:
-    """Every recipe: Delta_m, its differences to some of them, training time."""
+    """Every recipe: Delta_m, and its differences to some of them."""
     rows = []
     for row in part.summary.rows:
         ours = [part.difference(row.recipe, other) for other in beside]
-        time = "-" if row.relative_time is None else f"{row.relative_time:.2f}"
-        rows.append([row.recipe, spread(part.delta(row.recipe)), *ours, time, len(row.seeds)])
-    return table(["recipe", "Δm (%)", *(f"minus {r} [95 %]" for r in beside), "T", "seeds"], rows)
+        rows.append([row.recipe, spread(part.delta(row.recipe)), *ours, len(row.seeds)])
+    return table(["recipe", "Δm (%)", *(f"minus {r} [95 %]" for r in beside), "seeds"], rows)
 
 
 def metrics(part: Compared) -> str:
@@ -99,16 +98,8 @@ def groups(part: Compared) -> str:
     ):
         there = [part.rows[r] for r in recipes if r in part.rows]
         best = max(there, key=lambda row: row.delta_m.mean if row.delta_m else float("-inf"))
-        times = [row.relative_time for row in there if row.relative_time]
-        rows.append(
-            [
-                name,
-                best.recipe,
-                spread(part.delta(best.recipe)),
-                f"{min(times):.2f} to {max(times):.2f}" if times else "-",
-            ]
-        )
-    return table(["group", "its best", "Δm of the best (%)", "T"], rows)
+        rows.append([name, best.recipe, spread(part.delta(best.recipe))])
+    return table(["group", "its best", "Δm of the best (%)"], rows)
 
 
 def main() -> None:
