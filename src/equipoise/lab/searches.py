@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from equipoise.lab import figures
 from equipoise.lab.pages import Section, picture
@@ -75,6 +76,13 @@ def section(
     yield Section("Step sizes", text, pictures, key_of(searched))
 
 
+def as_fraction(size: float) -> str:
+    """A power of two in the way it is spoken of: 4, 1, 1/64, 2^-20."""
+    if size >= 1:
+        return f"{size:g}"
+    return f"1/{1 / size:.0f}" if size > 1e-4 else f"2^{np.log2(size):.0f}"
+
+
 def _sizes(histories: figures.Histories, look: Mapping[str, figures.Look]) -> Figure:
     with figures.canvas("Accepted step") as (figure, axes):
         for turn, (recipe, runs) in enumerate(histories.items()):
@@ -85,15 +93,17 @@ def _sizes(histories: figures.Histories, look: Mapping[str, figures.Look]) -> Fi
             style = look[recipe]
             axes.plot(
                 epochs,
-                10 ** np.nanmean(np.log10(middle), 0),
+                2 ** np.ma.masked_invalid(np.log2(middle)).mean(0),
                 color=style.colour,
                 ls=style.dashes,
                 marker=style.marker,
                 markevery=(turn % max(1, len(epochs) // 5), max(1, len(epochs) // 5)),
             )
-            axes.fill_between(
-                epochs, np.nanmin(low, 0), np.nanmax(high, 0), color=style.colour, alpha=0.12, lw=0
-            )
+            low, high = (np.ma.masked_invalid(values) for values in (low, high))
+            axes.fill_between(epochs, low.min(0), high.max(0), color=style.colour, alpha=0.12, lw=0)
         axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: as_fraction(size)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set(xlabel="epoch", ylabel="step size")
     return figure
