@@ -16,7 +16,6 @@ from equipoise.lab.folders import History, Run, listed, read
 from equipoise.lab.pages import Section, picture, render
 from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Over, Row, Summary
 from equipoise.lab.table import summarise
-from equipoise.recipe import Recipe
 
 NAME = "report.html"
 KINDS = {"weight": "weights λ of the weighting", "coefficient": "coefficients of the aggregator"}
@@ -225,7 +224,7 @@ def sections(summary: Summary, runs: Sequence[Run]) -> Iterator[Section]:
 
 def _optimizers(runs: Sequence[Run]) -> str:
     """What made the steps, line searches apart."""
-    own = [Recipe.parse(run.recipe).needs_sgd for run in runs]
+    own = [searches.TRIALS in run.history and run.config.get("optimizer") == "sgd" for run in runs]
     names = {"adam": "Adam", "sgd": "SGD"}
     given = [run.config.get("optimizer", "adam") for run, s in zip(runs, own, strict=True) if not s]
     known = " or ".join(dict.fromkeys(names.get(name, name) for name in given))
