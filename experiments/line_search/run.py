@@ -4,11 +4,11 @@
         [--sets multimnist cifar10] [--seeds 0 1 2] [--jobs 2]
 
 On each set: SGD on the summed loss at the 8 steps logspace(-3, -1) of the thesis and at two longer
-ones, MGDA-UB at the longest three of the eight, and the line searches, which are not tuned: BLS with beta 0.1 to 0.4 (on CIFAR-10
-0.1), FBLS as in the thesis, with the matched latent scale, and verified. Everything else is as it
-is by default: the upper bound begins at 1 and is halved after every 10 epochs. With the second seed
-and the third only SGD at these three and beyond, BLS with beta 0.1 and FBLS, literal and matched,
-are trained.
+ones, MGDA-UB at the longest three of the eight, and the line searches, which are not tuned: BLS
+with beta 0.1 to 0.4 (on CIFAR-10 0.1), FBLS as in the thesis, with the matched latent scale, and
+verified. Everything else is as it is by default: the upper bound begins at 1 and is halved after
+every 10 epochs. With the second seed and the third only SGD at these three and beyond, BLS with
+beta 0.1 and FBLS, literal and matched, are trained.
 
 MultiMNIST in the thesis' geometry (one digit 4 pixels to the left, the other 4 to the right) with
 LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL. DIR holds MNIST/raw and
