@@ -18,7 +18,7 @@ import numpy as np
 
 from equipoise.recipe import Recipe
 from experiments.common import Row, Runs, interval, mean, save, spread, table, written
-from experiments.line_search.run import SETS, STEPS, searches
+from experiments.line_search.run import BEYOND, SETS, STEPS, searches
 
 TAKEN = ("size", "trials", "rejected", "fallback", "unverified")
 SHOWN = ("FBLS, literal", "FBLS, matched", "FBLS, verified", "BLS, beta 0.1")
@@ -46,7 +46,7 @@ class Set:
         self.curves: dict[tuple[str, int], Curve] = {}
         for label, recipe in searches(name).items():
             self._add(folder / "searched", str(Recipe.parse(recipe)), label)
-        for step in STEPS:
+        for step in (*STEPS, *BEYOND):
             self._add(folder / f"step-{step:g}", "ew", f"SGD, {step:g}")
             self._add(folder / f"step-{step:g}", "mgda-ub", f"MGDA-UB, {step:g}")
         self.seeds = sorted({seed for _, seed in self.runs})
@@ -78,7 +78,7 @@ class Set:
         return [row[column] for row in rows if column in row]
 
     def best(self, method: str) -> str:
-        """The step with the least error on validation, mean over the seeds."""
+        """Of the eight, the step with the least error on validation, mean over the seeds."""
         labels = [f"{method}, {step:g}" for step in STEPS]
         return min(
             (label for label in labels if self.of(label, "val error")),
@@ -98,7 +98,7 @@ class Set:
 def errors(found: Set) -> str:
     """Every method against the best of the tuned steps, and against BLS."""
     best = found.best("SGD")
-    labels = [f"SGD, {step:g}" for step in STEPS]
+    labels = [f"SGD, {step:g}" for step in (*STEPS, *BEYOND)]
     labels = [*labels, found.best("MGDA-UB"), *searches(found.name)]
     unit = mean(found.of(best, "seconds an epoch"))
     rows = []
@@ -152,7 +152,7 @@ def picture(sets: Sequence[Set], path: Path) -> None:
 
     figure, axes = plt.subplots(len(sets), 2, figsize=(9, 3.2 * len(sets)), squeeze=False)
     for found, (by_epoch, by_second) in zip(sets, axes, strict=True):
-        lines = [(label, "0.8", 1.0) for label in (f"SGD, {step:g}" for step in STEPS)]
+        lines = [(label, "0.8", 1.0) for label in (f"SGD, {step:g}" for step in (*STEPS, *BEYOND))]
         lines += [(found.best("SGD"), "black", 1.5), (found.best("MGDA-UB"), "tab:brown", 1.5)]
         colours = ("tab:blue", "tab:orange", "tab:green", "tab:red")
         lines += [(label, c, 1.5) for label, c in zip(SHOWN, colours, strict=True)]

@@ -9,13 +9,14 @@ from typing import Any
 from markupsafe import Markup
 
 from equipoise.diagnostics import Sign
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, RecipeError
 from equipoise.lab import figures, flat_report, paired, searches
 from equipoise.lab.files import write_text
 from equipoise.lab.folders import History, Run, listed, read
 from equipoise.lab.pages import Section, picture, render
 from equipoise.lab.summary import SINGLE_TASK, TIME_UNIT, Metric, Over, Row, Summary
 from equipoise.lab.table import summarise
+from equipoise.recipe import Recipe
 
 NAME = "report.html"
 KINDS = {"weight": "weights λ of the weighting", "coefficient": "coefficients of the aggregator"}
@@ -224,7 +225,7 @@ def sections(summary: Summary, runs: Sequence[Run]) -> Iterator[Section]:
 
 def _optimizers(runs: Sequence[Run]) -> str:
     """What made the steps, line searches apart."""
-    own = [searches.TRIALS in run.history and run.config.get("optimizer") == "sgd" for run in runs]
+    own = [_searches(run.recipe) for run in runs]
     names = {"adam": "Adam", "sgd": "SGD"}
     given = [run.config.get("optimizer", "adam") for run, s in zip(runs, own, strict=True) if not s]
     known = " or ".join(dict.fromkeys(names.get(name, name) for name in given))
@@ -232,6 +233,14 @@ def _optimizers(runs: Sequence[Run]) -> str:
         plain = "line searches along plain SGD steps"
         return f"{plain}, {known}" if known else plain
     return known
+
+
+def _searches(recipe: str) -> bool:
+    """Whether a line search makes the steps; of what another version knew, nothing is known."""
+    try:
+        return Recipe.parse(recipe).needs_sgd
+    except RecipeError:
+        return False
 
 
 def _tradeoff(summary: Summary, look: Any, key_of: Any) -> Iterator[Section]:
