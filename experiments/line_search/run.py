@@ -11,7 +11,7 @@ every 10 epochs. With the second seed and the third only SGD at these three and 
 beta 0.1 and FBLS, literal and matched, are trained.
 
 MultiMNIST in the thesis' geometry (one digit 4 pixels to the left, the other 4 to the right) with
-LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL. DIR holds MNIST/raw and
+LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL at a quarter of its width. DIR holds MNIST/raw and
 cifar-10-batches-py.
 
 Killed and started again, it goes on where it was; finished runs are never repeated.
@@ -44,10 +44,10 @@ SETS: dict[str, dict[str, Any]] = {
         "probes": 0,
     },
     "cifar10": {
-        "data": "cifar10(tasks=g1, train=3000, val=1000, test=5000, metric=accuracy)",
-        "model": "cnn",
-        "epochs": 10,
-        "batch_size": 256,
+        "data": "cifar10(tasks=g1, train=4000, val=1000, test=5000)",
+        "model": "cnn(width=8, features=32)",
+        "epochs": 20,
+        "batch_size": 128,
         "probes": 0,
     },
 }

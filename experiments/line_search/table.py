@@ -130,13 +130,7 @@ def behaviour(found: Set) -> str:
         cells = []
         for column in TAKEN:
             values = found.of(label, column)
-            percent = column in ("rejected", "fallback", "unverified")
-            if not values:
-                cells.append("-")
-            elif percent:
-                cells.append(f"{100 * mean(values):.1f}")
-            else:
-                cells.append(f"{mean(values):.3g}")
+            cells.append(f"{mean(values):.3g}" if values else "-")
         if found.of(label, "trials"):
             rows.append([label, *cells])
     head = ["search", "step size", "trials", "rejected (%)", "fallback (%)", "not verified (%)"]
