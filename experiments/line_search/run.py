@@ -11,8 +11,8 @@ every 10 epochs. With the second seed and the third only SGD at these three and 
 beta 0.1 and FBLS, literal and matched, are trained.
 
 MultiMNIST in the thesis' geometry (one digit 4 pixels to the left, the other 4 to the right) with
-LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL at a quarter of its width. DIR holds MNIST/raw and
-cifar-10-batches-py.
+LeNet; CIFAR-10 as ten one-vs-rest tasks with the CNN of STG-MTL at a quarter of its width. DIR
+holds MNIST/raw and cifar-10-batches-py.
 
 Killed and started again, it goes on where it was; finished runs are never repeated.
 """
