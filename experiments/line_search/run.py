@@ -46,7 +46,7 @@ SETS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "data": "cifar10(tasks=g1, train=4000, val=1000, test=5000)",
         "model": "cnn(width=8, features=32)",
-        "epochs": 20,
+        "epochs": 12,
         "batch_size": 128,
         "probes": 0,
     },
