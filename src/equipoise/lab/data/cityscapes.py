@@ -59,7 +59,7 @@ def cityscapes(
         test: test images; None: all.
         augment: scale, cut and mirror the training images, see
             `equipoise.lab.data.pixels.Augmentation`. What is nearer looks larger: inverse depth is
-            multiplied by the scale. (The code behind older tables divides it, as if it were depth.)
+            multiplied by the scale.
         pooling: "pixels": the errors of depth are means over all pixels of all images; "batches":
             means over batches of their means, as in older tables.
 
