@@ -155,14 +155,15 @@ def picture(sets: Sequence[Set], path: Path) -> None:
                 continue
             seconds, wrong = found.curves[label, found.seeds[0]]
             name = None if colour == "0.8" else label
-            by_epoch.plot(range(1, len(wrong) + 1), wrong, color=colour, lw=width, label=name)
-            by_second.plot(seconds, wrong, color=colour, lw=width)
+            by_epoch.plot(range(1, len(wrong) + 1), wrong, color=colour, lw=width)
+            by_second.plot(seconds, wrong, color=colour, lw=width, label=name)
         by_epoch.set(title=found.name, xlabel="epochs", ylabel="error on validation (%)")
         by_second.set(title=f"{found.name} (grey: the other steps of SGD)", xlabel="seconds")
         for axis in (by_epoch, by_second):
-            axis.set_yscale("log")
             axis.grid(alpha=0.3, which="both")
-        by_epoch.legend(fontsize=7)
+            if axis.get_ylim()[0] < 20:
+                axis.set_yscale("log")
+        by_second.legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
