@@ -110,9 +110,9 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def written(found: tuple[float, float, float], digits: int = 2) -> str:
-    """An interval as text."""
+    """An interval as text; of a single difference that alone."""
     middle, low, high = (f"{x:+.{digits}f}" for x in found)
-    return f"{middle} [{low}, {high}]"
+    return middle if np.isnan(found[1]) else f"{middle} [{low}, {high}]"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
