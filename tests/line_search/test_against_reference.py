@@ -142,6 +142,8 @@ def test_verify(rule: str) -> None:
             **lines(3, seed), aggregator="mgda", fast=True, verify=True, upper=64.0, rule=rule
         )
         outcomes |= {f.fell_back for f in found if f.accepted}
+        if seed and len(outcomes) == 2:
+            break  # dear steps
     assert outcomes == {True, False}
 
 
