@@ -5,6 +5,7 @@ Experiments are run from the repository's root: python -m experiments.NAME.run
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -80,6 +81,22 @@ class Part:
         experiment = Experiment(out, jobs, **self.settings, **more)
         for seed in seeds:
             experiment.train(self.canonical, [seed])
+
+
+def options(doc: str, name: str, data: str) -> argparse.ArgumentParser:
+    """The options that the runs of every experiment take.
+
+    Args:
+        doc: the docstring of its module.
+        name: of the experiment.
+        data: what lies in the folder of the data.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--data-root", required=True, help=f"the folder with {data}")
+    parser.add_argument("--out", type=Path, default=Path("runs", name))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    return parser
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

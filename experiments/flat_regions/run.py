@@ -13,12 +13,10 @@ Killed and started again, it goes on where it was; finished runs are never repea
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from equipoise.recipe import Recipe
-from experiments.common import Experiment, mean
+from experiments.common import Experiment, mean, options
 
 SETS = ("multifashion", "multimnist", "multifashion-mnist")
 SIZES = "train=3000, val=2000, test=10000"
@@ -53,12 +51,8 @@ class Radii(Experiment):
 
 def main() -> None:
     """Make all runs."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-root", required=True, help="the folder with MNIST, FashionMNIST")
-    parser.add_argument("--out", type=Path, default=Path("runs/flat_regions"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = options(__doc__, "flat_regions", "MNIST, FashionMNIST")
     parser.add_argument("--choose-on", type=int, nargs="+", default=None, metavar="SEED")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     arguments = parser.parse_args()
     seeds, choosing = arguments.seeds, arguments.choose_on or arguments.seeds

@@ -15,10 +15,7 @@ where it was; finished runs are never repeated.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from experiments.common import Part
+from experiments.common import Part, options
 
 LOSS_BALANCING = ("ew", "si", "rlw", "dwa", "uw", "igbv1", "igbv2")
 GRADIENT_BALANCING = ("mgda", "pcgrad", "cagrad", "imtl", "nash")
@@ -65,12 +62,8 @@ PARTS = {
 
 def main() -> None:
     """Make all runs."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-root", required=True, help="the folder with qm9, MNIST, ...")
-    parser.add_argument("--out", type=Path, default=Path("runs/gap_balancing"))
+    parser = options(__doc__, "gap_balancing", "qm9, MNIST, FashionMNIST")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     arguments = parser.parse_args()
     for name in arguments.parts:
         PARTS[name].train(

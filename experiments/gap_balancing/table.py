@@ -14,7 +14,7 @@ from pathlib import Path
 
 from equipoise.lab.summary import Row, Summary, summarise
 from experiments.common import Runs, interval, results, save, spread, table, written
-from experiments.gap_balancing.run import GRADIENT_BALANCING, LOSS_BALANCING, PARTS, TOGETHER
+from experiments.gap_balancing.run import PARTS
 
 
 class Compared:
@@ -88,20 +88,6 @@ def metrics(part: Compared) -> str:
     return table(head, rows)
 
 
-def groups(part: Compared) -> str:
-    """The two groups of methods, as a whole."""
-    rows = []
-    for name, recipes in (
-        ("loss balancing", LOSS_BALANCING),
-        ("gradient balancing", GRADIENT_BALANCING),
-        ("together", TOGETHER),
-    ):
-        there = [part.rows[r] for r in recipes if r in part.rows]
-        best = max(there, key=lambda row: row.delta_m.mean if row.delta_m else float("-inf"))
-        rows.append([name, best.recipe, spread(part.delta(best.recipe))])
-    return table(["group", "its best", "Δm of the best (%)"], rows)
-
-
 def main() -> None:
     """Print the tables, write the files."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -117,8 +103,6 @@ def main() -> None:
     beside = {"molecules": ("ew", "si", "igbv1"), "images": ("ew", "si"), "ablation": ("igbv2",)}
     tables = {name: deltas(part, beside[name]) for name, part in parts.items()}
     tables |= {f"{name}-metrics": metrics(part) for name, part in parts.items()}
-    if "molecules" in parts:
-        tables["groups"] = groups(parts["molecules"])
     runs = {name: part.measured() for name, part in parts.items()}
     save(tables, runs, arguments.csv, arguments.json)
 

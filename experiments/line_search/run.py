@@ -19,13 +19,11 @@ Killed and started again, it goes on where it was; finished runs are never repea
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.common import Part
+from experiments.common import Part, options
 
 STEPS = tuple(float(f"{step:.4g}") for step in np.logspace(-3, -1, 8))
 
@@ -90,12 +88,8 @@ def parts(name: str, first: bool) -> dict[str, Part]:
 
 def main() -> None:
     """Make all runs, seed by seed."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-root", required=True, help="the folder with MNIST, cifar-10-...")
-    parser.add_argument("--out", type=Path, default=Path("runs/line_search"))
+    parser = options(__doc__, "line_search", "MNIST, cifar-10-batches-py")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     arguments = parser.parse_args()
     for name in arguments.sets:
         for seed in arguments.seeds:

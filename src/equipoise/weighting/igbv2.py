@@ -66,8 +66,8 @@ class IGBv2(GeneratorState, SI):
         target_entropy: the entropy that is learned for; None: -T.
         bound: half the side of the box of logits; weights differ by at most exp(2 bound). At 1.6
             an untrained policy, tanh of a normal number, draws logits with a standard deviation of
-            1, as the published one, which has no box, and the random weights before it. Smaller
-            ones are calmer, and better for as long as the agent has learned little.
+            about 1, as the published one, which has no box. Smaller ones are calmer, and better
+            for as long as the agent has learned little.
 
     Raises:
         MissingExtraError: stable-baselines3 is not installed.
