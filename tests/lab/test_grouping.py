@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise.grouping import Groups, Specialists
+from equipoise.grouping import Groups, Specialists, full_maps
 from equipoise.lab import cli, grouping_figures, models, runs
 from equipoise.lab.config import ConfigError, RunConfig
+from equipoise.lab.files import DamagedError, read_state
 from equipoise.lab.grouping import Grouping, MapsRun, Plan, evenly
 from equipoise.lab.grouping_command import read
 
 DATA = "digits-attributes(sizes=(96,32,32),missing=0.1)"
+PLAN = "kmeans-2"  # the folder of the plan that most of these tests carry out
 COMMON = {"data": DATA, "epochs": 3, "batch_size": 32, "lr": 0.01}
 WRITTEN = ("memberships.json", "memberships.csv", "table.json", "table.csv", "table.txt")
 
@@ -31,7 +34,7 @@ def whole(out: Path) -> dict[str, bytes]:
     found, _ = made.groups()
     assert made.train(found) == []
     made.table(found)
-    return {name: (out / name).read_bytes() for name in WRITTEN}
+    return {name: (out / PLAN / name).read_bytes() for name in WRITTEN}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_killed_in_training_it_ends_the_same(undisturbed, tmp_path, monkeypatch,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(runs.Run, "train_epoch", dying)
         whole(tmp_path / "out")
-    assert (tmp_path / "out" / "memberships.json").exists() == (step > 9)
+    assert (tmp_path / "out" / PLAN / "memberships.json").exists() == (step > 9)
     assert whole(tmp_path / "out") == undisturbed[1]
 
 
@@ -74,23 +77,25 @@ def test_done_again_it_trains_nothing(undisturbed, monkeypatch) -> None:
 
 def test_what_is_written(undisturbed) -> None:
     out, _ = undisturbed
-    groups = Groups.from_json(out / "memberships.json")
+    folder = out / PLAN
+    groups = Groups.from_json(folder / "memberships.json")
     assert groups.tasks == ("odd", "large", "prime", "loop", "straight", "slant")
     assert groups.memberships.shape == (6, 2)
     pictures = {path.name for path in (out / "pictures").iterdir()}
-    assert pictures == {*(f"map-{t}.svg" for t in groups.tasks), "memberships.svg", "tree.svg"}
-    table = json.loads((out / "table.json").read_text())
+    assert pictures == {*(f"map-{t}.svg" for t in groups.tasks), "tree.svg"}
+    assert (folder / "memberships.svg").exists()
+    table = json.loads((folder / "table.json").read_text())
     assert table["columns"] == ["stg-mtl", "mtl", "stl"]
     assert [row[0] for row in table["rows"]][-2:] == ["slant: mae", "mean score"]
     assert np.isfinite([row[1:] for row in table["rows"]]).all()
     for j in (1, 2):
-        config = json.loads((out / f"specialist-{j}" / "config.json").read_text())
+        config = json.loads((folder / f"specialist-{j}" / "config.json").read_text())
         assert config["task_weights"] == groups.memberships[:, j - 1].tolist()
 
     def model():
         return models.build("lenet", grouping(out).data)
 
-    loaded = Specialists.load(out / "specialists.pt", model)
+    loaded = Specialists.load(folder / "specialists.pt", model)
     assert torch.equal(loaded.memberships, groups.memberships)
     assert set(loaded.predict_one(torch.zeros(1, 20, 20))) == set(groups.tasks)
 
@@ -114,12 +119,75 @@ def test_side_by_side(tmp_path, monkeypatch) -> None:
     assert used == [3]
 
 
-def test_a_folder_is_of_one_grouping(undisturbed) -> None:
+def test_several_plans_share_maps_and_single_tasks(undisturbed, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed[0], out)
+    monkeypatch.setattr(runs.Run, "train_epoch", lambda *_: pytest.fail("trains again"))
+    for plan, name in (
+        (Plan(3, (1, 3)), "kmeans-3"),
+        (Plan(2, (1, 3), "hard", 1.5), "hard-2"),
+        (Plan(2, (1, 3), "cmeans", 1.5), "cmeans-2-fuzziness-1.5"),
+        (Plan(2, (1, 3), "points"), "points-2"),
+    ):
+        made = grouping(out, plan)
+        found, _ = made.groups()
+        assert made.folder(found) == out / name
+        assert len(Groups.from_json(out / name / "memberships.json")) == plan.n_groups
+    assert {name: (out / PLAN / name).read_bytes() for name in WRITTEN} == undisturbed[1]
+    logits = grouping(out, Plan(2, (1, 3), combine="logits"))
+    logits.table(Groups.from_json(out / PLAN / "memberships.json"))
+    assert (out / PLAN / "table-logits.txt").exists() and (out / PLAN / "table.txt").exists()
+
+
+def test_a_folder_is_of_one_training(undisturbed) -> None:
     out, _ = undisturbed
-    with pytest.raises(ConfigError, match="begun with n_groups 2, not 3"):
-        grouping(out, Plan(3, (1, 3)))
+    with pytest.raises(ConfigError, match=r"begun with checkpoints \[1, 3\], not \[2, 3\]"):
+        grouping(out, Plan(2, (2, 3)))
     with pytest.raises(ConfigError, match="begun with lr"):
         grouping(out, lr=0.02)
+
+
+def test_full_maps_lie_in_a_file(undisturbed, tmp_path, monkeypatch) -> None:
+    """Killed between the two checkpoints, the file ends as the maps that were kept in memory."""
+    out, real = tmp_path / "out", runs.Run.save
+
+    def dying(self, folder):
+        real(self, folder)
+        if len(self.rows) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs.Run, "save", dying)
+        grouping(out, Plan(2, (1, 3), "points")).groups()
+    assert (out / "maps" / "maps.npy.partial").exists()
+    found, _ = grouping(out, Plan(2, (1, 3), "points")).groups()
+    kept = read_state(undisturbed[0] / "maps" / "checkpoint.ckpt")["maps"]["kept"]
+    assert np.array_equal(np.load(out / "maps" / "maps.npy"), kept)
+    assert torch.allclose(found.memberships.sum(1), torch.ones(6, dtype=torch.float64))
+    kmeans, _ = grouping(out).groups()
+    assert torch.equal(
+        kmeans.memberships,
+        Groups.from_json(undisturbed[0] / PLAN / "memberships.json").memberships,
+    )
+
+
+def test_points_need_full_maps(undisturbed, tmp_path, monkeypatch) -> None:
+    """Maps that are too large to be kept without being asked for."""
+    monkeypatch.setattr(full_maps, "SMALL", 0)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "grouping.json").write_text('{"checkpoints": [1, 3], "full_maps": false}')
+    with pytest.raises(ConfigError, match="without full maps, which the method points needs"):
+        grouping(out, Plan(2, (1, 3), "points"))
+
+
+def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed[0], out)
+    path = out / "maps" / "checkpoint.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DamagedError, match=r"maps/checkpoint.ckpt cannot be read; remove"):
+        grouping(out).groups()
 
 
 def test_impossible_plans(tmp_path) -> None:
@@ -175,7 +243,8 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     assert status() == 0
     said = capsys.readouterr().out
     assert "Silhouettes by the number of groups" in said and "1: " in said
-    groups = Groups.from_json(Path(out, "memberships.json"))
+    (written,) = Path(out).glob("hard-*/memberships.json")
+    groups = Groups.from_json(written)
     assert set(groups.memberships.flatten().tolist()) == {0, 1}
     for wrong in (
         ("--method", "best"), ("--fuzziness", "1"), ("--combine", "votes"), ("--groups", "0"),

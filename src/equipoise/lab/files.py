@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from equipoise.atomic import replacing
 from equipoise.errors import EquipoiseError
@@ -45,6 +48,20 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
+        raise DamagedError(path) from error
+
+
+def read_state(path: str | Path) -> Any:
+    """What `torch.save` wrote, on the CPU; nothing in it is executed.
+
+    Raises:
+        DamagedError: the file holds nothing of the kind; names it.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise DamagedError(path) from error
 
 

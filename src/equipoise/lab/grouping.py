@@ -2,6 +2,11 @@
 
 Everything lies in one folder and is made in the order maps, groups, networks, table. What is
 finished is read, not repeated, so the command goes on wherever it was killed.
+
+    maps/       the training that records them, which is also the MTL baseline
+    stl/        the single tasks
+    pictures/   the data maps, and the tree of the tasks
+    kmeans-3/   one for each plan: memberships, specialist-1/ ..., the table
 """
 
 from __future__ import annotations
@@ -9,22 +14,20 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
+from equipoise.errors import EquipoiseError
 from equipoise.grouping import Choice, DataMaps, Groups, Recorder, Specialists, choose, find_groups
-from equipoise.lab import data as datasets
 from equipoise.lab import grouping_figures, networks, runs
 from equipoise.lab.comparison import Failure, Job, in_processes, one_by_one, summary
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.data import Data, loader
 from equipoise.lab.evaluation import Values, evaluate
-from equipoise.lab.files import read_json, write_json, write_text
+from equipoise.lab.files import read_json, read_state, write_json, write_text
 from equipoise.lab.progress import Display, Throttle
 from equipoise.step import StepReport
 
@@ -33,7 +36,7 @@ KINDS = ("binary", "classification", "regression")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a grouping depends on, besides the run that records the maps.
+    """How tasks are grouped, once their maps are there.
 
     Args:
         n_groups: number of groups; None: the one with the highest silhouette.
@@ -49,16 +52,25 @@ class Plan:
     fuzziness: float = 2.0
     combine: Any = "probabilities"
 
+    def name(self, n_groups: int) -> str:
+        """Of the folder in which it is carried out: "kmeans-3", "cmeans-2-fuzziness-1.5"."""
+        soft = self.method in ("kmeans", "cmeans") and self.fuzziness != 2
+        return f"{self.method}-{n_groups}" + (f"-fuzziness-{self.fuzziness:g}" if soft else "")
+
 
 class MapsRun(runs.Run):
     """A run that records data maps while it trains, which changes nothing in the training."""
 
     def __init__(
-        self, config: RunConfig, data: Data | None = None, *, checkpoints: Sequence[int]
+        self,
+        config: RunConfig,
+        data: Data | None = None,
+        *,
+        checkpoints: Sequence[int],
+        path: Path | None = None,
     ) -> None:
         super().__init__(config, data)
-        names = [task.name for task in self.data.tasks]
-        self.maps = DataMaps(len(names), len(self.data.train), checkpoints, tasks=names)
+        self.maps = empty_maps(self.data, checkpoints, path)
         self.record = Recorder(self.model, self.maps, kinds(self.data))
 
     def train_epoch(self, progress: runs.Progress | None = None) -> dict[str, Any]:
@@ -89,6 +101,12 @@ class MapsRun(runs.Run):
         self.maps.load_state_dict(state["maps"])
 
 
+def empty_maps(data: Data, checkpoints: Sequence[int], path: Path | None) -> DataMaps:
+    """Maps of the training split; the full ones go to the file `path`, if there is one."""
+    names = [task.name for task in data.tasks]
+    return DataMaps(len(names), len(data.train), checkpoints, path=path, tasks=names)
+
+
 def kinds(data: Data) -> dict[str, Any]:
     """Task name -> kind, as `true_class_probability` wants it.
 
@@ -112,21 +130,25 @@ def evenly(epochs: int, number: int = 10) -> tuple[int, ...]:
 
 @dataclass
 class Grouping:
-    """A grouping in the folder `out`.
+    """A grouping in the folder `out`, which several plans can share.
 
     Args:
         config: of the run that records the maps, which is also the MTL baseline; specialists
             and single tasks are trained under the same one.
         plan: of the grouping.
         out: the folder.
+        full_maps: whether to keep the maps of all checkpoints in the file maps/maps.npy; the method
+            "points" needs them.
 
     Raises:
-        ConfigError: `out` was begun with another configuration or plan, or the plan is impossible.
+        ConfigError: `out` was begun with another configuration or other checkpoints, or the plan
+            is impossible.
     """
 
     config: RunConfig
     plan: Plan
     out: Path
+    full_maps: bool = False
     data: Data = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,19 +161,28 @@ class Grouping:
                 f"{self.config.epochs}, or more --epochs."
             )
         runs.refuse_another_run(self.config, self.out / "maps")
-        path = self.out / "grouping.json"
-        mine = {**asdict(self.plan), "checkpoints": list(self.plan.checkpoints)}
-        if path.exists() and (there := read_json(path)) != mine:
-            name = next(k for k in mine if there.get(k) != mine[k])
-            raise ConfigError(
-                f"{self.out} was begun with {name} {there.get(name)!r}, not {mine[name]!r}; choose "
-                "another --out, or remove that folder."
-            )
+        self.full_maps |= self.plan.method == "points"
+        if (path := self.out / "grouping.json").exists():
+            there, mine = read_json(path), list(self.plan.checkpoints)
+            self.full_maps = there.get("full_maps", False)
+            if there["checkpoints"] != mine:
+                raise ConfigError(
+                    f"{self.out} was begun with checkpoints {there['checkpoints']}, not {mine}; "
+                    "choose another --out, or remove that folder."
+                )
         try:
             with runs.seeded(self.config):
-                run = MapsRun(self.config, checkpoints=self.plan.checkpoints)
+                run = self._recording(self.config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if self.plan.method == "points":
+            try:
+                run.maps.maps()
+            except EquipoiseError as error:
+                raise ConfigError(
+                    f"{self.out} was begun without full maps, which the method points needs; "
+                    "choose another --out, or remove that folder."
+                ) from error
         self.data = run.data
         n_tasks = len(self.data.tasks)
         if self.plan.n_groups is not None and not 1 <= self.plan.n_groups <= n_tasks:
@@ -161,21 +192,9 @@ class Grouping:
 
     def groups(self) -> tuple[Groups, Choice | None]:
         """Record the maps, find the groups, write memberships and pictures."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        plan = {**asdict(self.plan), "checkpoints": list(self.plan.checkpoints)}
-        write_json(self.out / "grouping.json", plan)
-        folder = self.out / "maps"
-        if runs.finished(folder) is None:
-            make = partial(MapsRun, checkpoints=self.plan.checkpoints)
-            with Display(self.config.epochs, 1) as display:
-                told = Throttle(lambda *seen: display.update("maps", *seen))
-                runs.train(self.config, folder, told, make)
-        state = torch.load(folder / "checkpoint.ckpt", map_location="cpu", weights_only=True)
-        names = tuple(task.name for task in self.data.tasks)
-        maps = DataMaps(len(names), len(self.data.train), self.plan.checkpoints, tasks=names)
-        maps.load_state_dict(state["maps"])
+        maps = self._maps()
         gram = maps.gram()
-        choice = choose(gram, seed=self.config.seed) if len(names) > 2 else None
+        choice = choose(gram, seed=self.config.seed) if maps.n_tasks > 2 else None
         number = self.plan.n_groups or (choice.best if choice else 1)
         found = find_groups(
             maps.maps() if self.plan.method == "points" else gram,
@@ -183,14 +202,41 @@ class Grouping:
             fuzziness=self.plan.fuzziness,
             seed=self.config.seed,
             method=self.plan.method,
-            tasks=names,
+            tasks=maps.tasks,
         )
-        found.to_json(self.out / "memberships.json")
-        found.to_csv(self.out / "memberships.csv")
-        pictures = self.out / "pictures"
-        pictures.mkdir(exist_ok=True)
-        grouping_figures.write(pictures, maps, found, gram)
+        folder = self.folder(found)
+        folder.mkdir(exist_ok=True)
+        found.to_json(folder / "memberships.json")
+        found.to_csv(folder / "memberships.csv")
+        grouping_figures.save(grouping_figures.memberships(found), folder / "memberships.svg")
         return found, choice
+
+    def _maps(self) -> DataMaps:
+        """The maps, from the run that records them; with their pictures."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        begun = {"checkpoints": list(self.plan.checkpoints), "full_maps": self.full_maps}
+        write_json(self.out / "grouping.json", begun)
+        folder = self.out / "maps"
+        if runs.finished(folder) is None:
+            folder.mkdir(exist_ok=True)
+            with Display(self.config.epochs, 1) as display:
+                told = Throttle(lambda *seen: display.update("maps", *seen))
+                runs.train(self.config, folder, told, self._recording)
+        maps = empty_maps(self.data, self.plan.checkpoints, self._path)
+        maps.load_state_dict(read_state(folder / "checkpoint.ckpt")["maps"])
+        grouping_figures.write(self.out / "pictures", maps)
+        return maps
+
+    def _recording(self, config: RunConfig) -> MapsRun:
+        return MapsRun(config, checkpoints=self.plan.checkpoints, path=self._path)
+
+    @property
+    def _path(self) -> Path | None:
+        return self.out / "maps" / "maps.npy" if self.full_maps else None
+
+    def folder(self, groups: Groups) -> Path:
+        """Where the plan is carried out: all that depends on the groups."""
+        return self.out / self.plan.name(len(groups))
 
     # ------------------------------------------------------------------ networks
 
@@ -213,11 +259,11 @@ class Grouping:
 
     def specialists(self, groups: Groups) -> list[Named]:
         """The runs of the specialists."""
-        jobs = []
+        jobs, folder = [], self.folder(groups)
         for j in range(len(groups)):
             weights = tuple(groups.memberships[:, j].tolist())
             config = self._like(self.config.recipe, weights)
-            jobs.append(Named(f"specialist {j + 1}", config, self.out / f"specialist-{j + 1}"))
+            jobs.append(Named(f"specialist {j + 1}", config, folder / f"specialist-{j + 1}"))
         return jobs
 
     def _like(self, recipe: str, weights: tuple[float, ...] | None = None) -> RunConfig:
@@ -229,7 +275,7 @@ class Grouping:
             networks.selected(job.config, self.data, job.folder) for job in self.specialists(groups)
         ]
         ensemble = Specialists(models, groups, kinds(self.data), self.plan.combine)
-        ensemble.save(self.out / "specialists.pt")
+        ensemble.save(self.file(groups, "specialists", "pt"))
         return ensemble
 
     def table(self, groups: Groups) -> str:
@@ -244,9 +290,14 @@ class Grouping:
             result = runs.finished(self.out / folder)
             assert result is not None
             columns[name] = result["test"]
-        return self._written(columns)
+        return self._written(columns, partial(self.file, groups, "table"))
 
-    def _written(self, columns: dict[str, Values]) -> str:
+    def file(self, groups: Groups, stem: str, ending: str) -> Path:
+        """Of what the specialists say together."""
+        logits = "-logits" if self.plan.combine == "logits" else ""
+        return self.folder(groups) / f"{stem}{logits}.{ending}"
+
+    def _written(self, columns: dict[str, Values], path: Callable[[str], Path]) -> str:
         rows: list[list[Any]] = []
         for task in self.data.tasks:
             for measure in task.measures:
@@ -258,15 +309,15 @@ class Grouping:
         ]
         rows.append(["mean score", *mean])
         head = ["task", *columns]
-        write_json(self.out / "table.json", {"columns": list(columns), "rows": rows})
+        write_json(path("json"), {"columns": list(columns), "rows": rows})
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([head, *rows])
-        write_text(self.out / "table.csv", text.getvalue())
+        write_text(path("csv"), text.getvalue())
         cells = [head, *([row[0], *(f"{value:.4f}" for value in row[1:])] for row in rows)]
         width = max(len(row[0]) for row in cells)
         lines = [row[0].ljust(width) + "".join(f"{c:>10}" for c in row[1:]) for row in cells]
         written = "\n".join(lines)
-        write_text(self.out / "table.txt", written + "\n")
+        write_text(path("txt"), written + "\n")
         return written
 
 
@@ -284,11 +335,6 @@ class Named(Job):
     def name(self) -> str:
         """The title."""
         return self.title
-
-
-def load(config: RunConfig) -> Data:
-    """The data set of a configuration."""
-    return datasets.load(config.data, config.data_root)
 
 
 def _line(outcome: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +34,9 @@ def group(
     ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="Train specialists and single tasks; print the table.")
+    ] = False,
+    full_maps: Annotated[
+        bool, typer.Option("--full-maps", help="Keep all checkpoints' maps in maps/maps.npy.")
     ] = False,
     combine: Annotated[
         str, typer.Option(help="What specialists sum up: probabilities or logits.")
@@ -77,13 +79,13 @@ def group(
         raise ConfigError(f"fuzziness is {fuzziness}; it must be above 1.")
     plan = Plan(groups, read(checkpoints) or evenly(epochs), method, fuzziness, combine)
     folder = out or Path("runs", f"group-{file_name(config.data)}")
-    grouping = Grouping(config, plan, folder)
+    grouping = Grouping(config, plan, folder, full_maps)
     writable(folder)
     found, choice = grouping.groups()
     if choice is not None:
         print("Silhouettes by the number of groups:")
         print("  ".join(f"{n}: {s:.3f}" for n, s in choice.silhouettes.items()))
-    print(f"\n{found}\n\nMemberships and pictures: {folder}")
+    print(f"\n{found}\n\nMemberships: {grouping.folder(found)}; pictures: {folder / 'pictures'}")
     if not train:
         return 0
     if failures := grouping.train(found, jobs):
@@ -91,7 +93,7 @@ def group(
             complain(f"{failure}")
         return 1
     print(f"\n{grouping.table(found)}")
-    print(f"\nThe specialists together: {folder / 'specialists.pt'}", file=sys.stdout)
+    print(f"\nThe specialists together: {grouping.file(found, 'specialists', 'pt')}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a grouping: data maps, memberships, the tree of tasks."""
+"""The pictures of a grouping: data maps, the tree of tasks, memberships."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from equipoise.lab.figures import INK, STYLE, canvas
 from equipoise.lab.files import replacing
 
 
-def write(folder: Path, maps: DataMaps, groups: Groups, gram: Tensor) -> None:
-    """Write all pictures as SVG: map-TASK, memberships, tree."""
-    current = maps.current().numpy()
-    for task, points in zip(groups.tasks, current, strict=True):
-        save(data_map(points, task), folder / f"map-{re.sub(r'[^A-Za-z0-9.-]', '_', task)}.svg")
-    save(memberships(groups), folder / "memberships.svg")
-    if len(groups.tasks) > 1:
-        save(tree(gram, groups.tasks), folder / "tree.svg")
+def write(folder: Path, maps: DataMaps) -> None:
+    """Write the pictures of the maps as SVG: map-TASK, tree; those that are there stay."""
+    folder.mkdir(exist_ok=True)
+    tasks = tuple(map(str, maps.tasks))
+    for task, points in zip(tasks, maps.current().numpy(), strict=True):
+        path = folder / f"map-{re.sub(r'[^A-Za-z0-9.-]', '_', task)}.svg"
+        if not path.exists():
+            save(data_map(points, task), path)
+    path = folder / "tree.svg"
+    if len(tasks) > 1 and not path.exists():
+        save(tree(maps.gram(), tasks), path)
 
 
 def data_map(points: np.ndarray, task: str) -> Figure:

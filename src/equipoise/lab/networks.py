@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from equipoise.lab import models
 from equipoise.lab.config import RunConfig
 from equipoise.lab.data.base import Batch, Data
-from equipoise.lab.files import DamagedError
+from equipoise.lab.files import DamagedError, read_state
 from equipoise.recipe import Recipe
 from equipoise.trunk import SeparateTrunks, SharedTrunk
 
@@ -61,9 +58,9 @@ def selected(config: RunConfig, data: Data, folder: Path) -> SharedTrunk:
         model = model.separated()
     path = folder / "checkpoint.ckpt"
     try:
-        best = torch.load(path, map_location="cpu", weights_only=True)["best"]
+        best = read_state(path)["best"]
         model.load_state_dict({k: v for kept in best for k, v in kept["state"].items()})
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise DamagedError(path) from error
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
 from equipoise.lab.evaluation import Values, conflict, evaluate, improvement, mean_conflict
-from equipoise.lab.files import DamagedError, read_json, replacing, write_json, write_rows
+from equipoise.lab.files import read_json, read_state, replacing, write_json, write_rows
 from equipoise.lab.results import Result, described, upgraded
 from equipoise.lab.schedules import Schedule
 from equipoise.recipe import Recipe
@@ -254,10 +253,7 @@ class Run:
         """Go back to the last epoch that was saved in `folder`, if there is one."""
         path = folder / "checkpoint.ckpt"
         if path.exists():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise DamagedError(path) from error
+            state = read_state(path)
             self.step.load_state_dict(state["step"])
             self.schedule.load_state_dict(state.get("schedule", {}))
             self.rows, self.best = state["rows"], state["best"]
