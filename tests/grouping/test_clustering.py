@@ -322,6 +322,11 @@ def test_files(tmp_path: Path) -> None:
     assert lines[1].startswith('"task 0, ä",1,')
     assert [float(v) for v in lines[1].split(",")[3:]] == found.memberships[0].tolist()
     assert sum(len(names) for names in found.members) == 14 and len(found) == 3
+    fields = json.loads((tmp_path / "g.json").read_text())
+    fields["silhouettes"].pop()
+    (tmp_path / "g.json").write_text(json.dumps(fields))
+    with pytest.raises(EquipoiseError, match=r"holds no groups \(silhouettes is"):
+        Groups.from_json(tmp_path / "g.json")
     (tmp_path / "g.json").write_text(json.dumps({"tasks": ["a"]}))
     with pytest.raises(EquipoiseError, match="holds no groups"):
         Groups.from_json(tmp_path / "g.json")
@@ -333,7 +338,9 @@ def test_files(tmp_path: Path) -> None:
         (ValueError, "method is 'soft'", {"method": "soft"}),
         (ValueError, "n_groups is 0", {"n_groups": 0}),
         (ValueError, "n_groups is 1.5", {"n_groups": 1.5}),
-        (ValueError, "n_init 0", {"n_init": 0}),
+        (ValueError, "n_groups is 2.0", {"n_groups": 2.0}),
+        (ValueError, "n_groups is '2'", {"n_groups": "2"}),
+        (ValueError, "n_init is 0", {"n_init": 0}),
         (ValueError, "fuzziness is 1", {"fuzziness": 1.0}),
         (ValueError, "tasks has 1 names for 3 tasks", {"tasks": ["a"]}),
         (ValueError, "what is 'distances'", {"given": "distances"}),

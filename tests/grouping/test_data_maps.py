@@ -217,6 +217,38 @@ def test_full_maps_in_a_file(tmp_path: Path) -> None:
         DataMaps(2, 5, [1, 2]).load_state_dict(maps.state_dict())
 
 
+@pytest.mark.parametrize("kept", [0, 5, 100, 140])
+def test_a_file_that_was_cut_short_is_named(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "maps.npy"
+    maps = DataMaps(2, 5, [1], path=path)
+    fill(maps, None, 0, 1)
+    path.write_bytes(path.read_bytes()[:kept])
+    for read in (maps.maps, lambda: maps.load_state_dict(maps.state_dict())):
+        with pytest.raises(EquipoiseError, match=r"maps\.npy is damaged .*record the maps again"):
+            read()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_taken(tmp_path: Path, monkeypatch) -> None:
+    """The disk is full in the second of five blocks; then there is room again."""
+    monkeypatch.setattr("equipoise.grouping.data_maps.BLOCK", 8)
+    maps, kept = (DataMaps(2, 5, [1], path=p) for p in (tmp_path / "maps.npy", None))
+    fill(kept, None, 0, 1)
+    real, blocks = DataMaps._values, []
+
+    def full(self, block: slice):
+        blocks.append(block)
+        if len(blocks) == 2:
+            raise OSError("No space left on device")
+        return real(self, block)
+
+    monkeypatch.setattr(DataMaps, "_values", full)
+    with pytest.raises(OSError, match="No space"):
+        fill(maps, None, 0, 1)
+    assert maps.closed == 0 and not maps.centred.any()
+    maps.end_epoch()
+    assert torch.equal(maps.gram(), kept.gram()) and np.array_equal(maps.maps(), kept.maps())
+
+
 def test_large_maps_are_not_kept(monkeypatch) -> None:
     monkeypatch.setattr(full_maps, "SMALL", 100)
     maps = DataMaps(2, 50, [1])

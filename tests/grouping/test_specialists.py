@@ -157,6 +157,11 @@ def test_one_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["specialists.pt"]
     with pytest.raises(eq.EquipoiseError, match="does not hold such specialists"):
         Specialists.load(path, lambda: network(width=2))
+    whole = path.read_bytes()
+    for kept in (100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(eq.EquipoiseError, match="does not hold such specialists"):
+            Specialists.load(path, network)
     path.write_bytes(b"something else")
     with pytest.raises(eq.EquipoiseError, match="does not hold such specialists"):
         Specialists.load(path, network)

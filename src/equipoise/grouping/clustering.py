@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -125,8 +126,9 @@ def find_groups(
     """
     if method not in ("kmeans", "hard", "cmeans", "points"):
         raise ValueError(f"method is {method!r}; give 'kmeans', 'hard', 'cmeans' or 'points'.")
-    if n_init < 1 or n_groups < 1 or int(n_groups) != n_groups:
-        raise ValueError(f"n_groups is {n_groups}, n_init {n_init}; give whole numbers from 1 on.")
+    for name, value in (("n_groups", n_groups), ("n_init", n_init)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; give a whole number from 1 on.")
     memberships(torch.ones(1, 1), fuzziness)  # refuses an impossible F before the work
     gram = centred_gram(gram_or_vectors, "vectors" if method == "points" else given)
     names = tuple(str(i) for i in range(len(gram))) if tasks is None else tuple(tasks)

@@ -156,25 +156,17 @@ class DataMaps:
         self.epoch += 1
 
     def _close(self) -> None:
-        """Take this checkpoint's maps, a block of samples at a time."""
+        """Take this checkpoint's maps, a block of samples at a time; all of them or none."""
         size = max(1, BLOCK // (4 * self.n_tasks))
+        sums = self.centred.clone(), self.along.clone(), self.level.clone()
         with self._full.writing(self.checkpoints.index(self.epoch + 1)) as full:
             for start in range(0, self.n_samples, size):
                 block = slice(start, start + size)
                 values, seen = self._values(block)
                 if full is not None:
                     full[:, block] = values.transpose(0, 1).cpu().numpy()
-                self._add(values.cpu().to(torch.float64), seen.cpu().unsqueeze(-1))
-
-    def _add(self, values: Tensor, known: Tensor) -> None:
-        """Add the inner products of (b, T, 2) values, where they are known."""
-        # Centred over tasks first: distances between tasks then lose no digits.
-        level = values.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
-        vectors = torch.where(known, values - level, 0.0).transpose(0, 1).flatten(1)
-        level = level.flatten()
-        self.centred.addmm_(vectors, vectors.T)
-        self.along += vectors @ level
-        self.level += level @ level
+                _add(sums, values.cpu().to(torch.float64), seen.cpu().unsqueeze(-1))
+        self.centred, self.along, self.level = sums
 
     def _values(self, block: slice) -> tuple[Tensor, Tensor]:
         """(b, T, 2) mu and sigma of some samples as they are now; (b, T) which have been seen."""
@@ -259,6 +251,18 @@ class DataMaps:
         for name in STATE:
             getattr(self, name).copy_(state[name])
         self.epoch = int(state["epoch"])
+
+
+def _add(sums: tuple[Tensor, Tensor, Tensor], values: Tensor, known: Tensor) -> None:
+    """Add the inner products of (b, T, 2) values, where they are known."""
+    centred, along, total = sums
+    # Centred over tasks first: distances between tasks then lose no digits.
+    level = values.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
+    vectors = torch.where(known, values - level, 0.0).transpose(0, 1).flatten(1)
+    level = level.flatten()
+    centred.addmm_(vectors, vectors.T)
+    along += vectors @ level
+    total += level @ level
 
 
 def _checked(checkpoints: Sequence[int]) -> tuple[int, ...]:

@@ -98,7 +98,12 @@ class FullMaps:
     def _open(self, file: Path, mode: Literal["r", "r+"]) -> np.memmap:
         if not file.exists():
             raise EquipoiseError(f"there is no {file}, where the full maps of earlier epochs were.")
-        found = np.lib.format.open_memmap(file, mode)
+        try:
+            found = np.lib.format.open_memmap(file, mode)
+        except ValueError as error:  # numpy's word for a file that is cut short or none of its own
+            raise EquipoiseError(
+                f"{file} is damaged ({error}); remove it and record the maps again."
+            ) from error
         if found.shape != self.shape or found.dtype != np.float32:
             raise EquipoiseError(f"{file} holds maps of shape {found.shape}, not {self.shape}.")
         return found

@@ -82,6 +82,11 @@ class Groups:
             }
             tensors["labels"] = tensors["labels"].long()
             tasks = tuple(fields["tasks"])
+            shape = (len(tasks), tensors["memberships"].shape[-1])
+            wanted = {"labels": shape[:1], "centres": shape[::-1], "silhouettes": shape[:1]}
+            for name, tensor in tensors.items():
+                if tensor.shape != (fits := wanted.get(name, shape)):
+                    raise ValueError(f"{name} is {tuple(tensor.shape)}, not {fits}")
             return cls(tasks, fields["method"], inertia=float(fields["inertia"]), **tensors)
         except (ValueError, KeyError, TypeError) as error:
             raise EquipoiseError(f"{path} holds no groups ({error}).") from error

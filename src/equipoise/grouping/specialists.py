@@ -254,9 +254,7 @@ class Specialists(nn.Module):
             if list(found.tasks) != content["tasks"]:
                 raise EquipoiseError(f"{path} has tasks {content['tasks']}, not {found.tasks}.")
             found.load_state_dict(content["state"])
-        except OSError:
-            raise
-        except EquipoiseError:
+        except (EquipoiseError, FileNotFoundError, IsADirectoryError, PermissionError):
             raise
         except Exception as error:  # whatever torch makes of a file that is none of ours
             raise EquipoiseError(f"{path} does not hold such specialists: {error}") from error
