@@ -202,7 +202,7 @@ class Grouping:
             fuzziness=self.plan.fuzziness,
             seed=self.config.seed,
             method=self.plan.method,
-            tasks=maps.tasks,
+            tasks=[task.name for task in self.data.tasks],
         )
         folder = self.folder(found)
         folder.mkdir(exist_ok=True)
