@@ -154,6 +154,13 @@ def test_a_run_killed_outside_training_ends_with_the_same_numbers(tmp_path, monk
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path):
+    draft = tmp_path / ".checkpoint.ckpt.1234.tmp"
+    draft.write_bytes(b"half a checkpoint")
+    train(config(epochs=1), tmp_path)
+    assert not draft.exists()
+
+
 def test_a_killed_process_ends_with_the_same_numbers(tmp_path):
     options = "--epochs 8 --batch-size 500 --device cpu --seed 5"
     command = [sys.executable, "-m", "equipoise", "train", "igbv1+pcgrad", *options.split()]

@@ -63,6 +63,8 @@ def train(
     if (result := finished(folder)) is not None:
         return result
     folder.mkdir(parents=True, exist_ok=True)
+    for draft in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        draft.unlink(missing_ok=True)
     with seeded(config):
         run = (make or Run)(config)
         write_json(folder / "config.json", config.model_dump(mode="json"))
