@@ -15,8 +15,9 @@ from equipoise.grouping import Groups, Specialists, full_maps
 from equipoise.lab import cli, grouping_figures, models, runs
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.files import DamagedError, read_state
-from equipoise.lab.grouping import Grouping, MapsRun, Plan, evenly
+from equipoise.lab.grouping import Grouping, Plan, evenly
 from equipoise.lab.grouping_command import read
+from equipoise.lab.grouping_runs import MapsRun
 
 DATA = "digits-attributes(sizes=(96,32,32),missing=0.1)"
 PLAN = "kmeans-2"  # the folder of the plan that most of these tests carry out
@@ -81,7 +82,7 @@ def test_what_is_written(undisturbed) -> None:
     groups = Groups.from_json(folder / "memberships.json")
     assert groups.tasks == ("odd", "large", "prime", "loop", "straight", "slant")
     assert groups.memberships.shape == (6, 2)
-    pictures = {path.name for path in (out / "pictures").iterdir()}
+    pictures = {path.name for path in (out / "maps" / "pictures").iterdir()}
     assert pictures == {*(f"map-{t}.svg" for t in groups.tasks), "tree.svg"}
     assert (folder / "memberships.svg").exists()
     table = json.loads((folder / "table.json").read_text())
@@ -171,12 +172,61 @@ def test_full_maps_lie_in_a_file(undisturbed, tmp_path, monkeypatch) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("by", "recipe"), [("gradients", "pcgrad"), ("lookahead", "ew"), ("stl-maps", "ew")]
+)
+def test_other_ways_to_tell(tmp_path, monkeypatch, by, recipe) -> None:
+    """Killed in its last epoch it goes on; the run is a baseline as if nothing were measured."""
+    out, plan, real = tmp_path / "out", Plan(2, (1, 3), by=by), runs.Run.save
+
+    def made() -> Grouping:
+        return Grouping(RunConfig.of(recipe=recipe, **COMMON), plan, out)
+
+    def dying(self, folder):
+        real(self, folder)
+        if len(self.rows) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs.Run, "save", dying)
+        made().groups()
+    grouping = made()
+    found, _ = grouping.groups()
+    folder = out / f"{by}-kmeans-2"
+    assert Groups.from_json(folder / "memberships.json").tasks == found.tasks
+    whole = Grouping(RunConfig.of(recipe=recipe, **COMMON), plan, tmp_path / "whole")
+    whole.groups()
+    assert torch.equal(whole.source.gram(), grouping.source.gram())
+    pictures = {path.name for path in (out / by / "pictures").iterdir()}
+    assert pictures >= {"tree.svg"} and ("affinity.svg" in pictures) == (by != "stl-maps")
+    if by != "stl-maps":
+        lines = (out / by / "affinity.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == ["task", *found.tasks]
+
+    told = "stl" if by == "stl-maps" else "mtl"
+    assert grouping.baselines[told].folder == out / by
+    alone = "stl" if by == "stl-maps" else recipe
+    plain = runs.train(RunConfig.of(recipe=alone, **COMMON), tmp_path / "plain")
+    assert plain["test"] == runs.finished(out / by)["test"]
+    assert grouping.train(found) == []
+    table = grouping.table(found)
+    assert table.split()[:4] == ["task", "stg-mtl", *sorted(grouping.baselines)]
+
+
+def test_ways_to_tell_that_cannot_be(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="recipe ew forms no inner products .* pcgrad"):
+        grouping(tmp_path / "out", Plan(2, (1, 3), by="gradients"))
+    with pytest.raises(ConfigError, match="points needs data maps, not lookahead"):
+        grouping(tmp_path / "out", Plan(2, (1, 3), "points", by="lookahead"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_points_need_full_maps(undisturbed, tmp_path, monkeypatch) -> None:
     """Maps that are too large to be kept without being asked for."""
     monkeypatch.setattr(full_maps, "SMALL", 0)
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "grouping.json").write_text('{"checkpoints": [1, 3], "full_maps": false}')
+    (out / "maps").mkdir(parents=True)
+    (out / "maps" / "recording.json").write_text('{"checkpoints": [1, 3], "full_maps": false}')
     with pytest.raises(ConfigError, match="without full maps, which the method points needs"):
         grouping(out, Plan(2, (1, 3), "points"))
 
@@ -248,6 +298,7 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     assert set(groups.memberships.flatten().tolist()) == {0, 1}
     for wrong in (
         ("--method", "best"), ("--fuzziness", "1"), ("--combine", "votes"), ("--groups", "0"),
+        ("--by", "stars"), ("--by", "gradients"),
         ("--tasks", "g2"), ("--checkpoints", "9"),
     ):  # fmt: skip
         assert status(*wrong) == 2, wrong

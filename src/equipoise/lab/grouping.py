@@ -3,9 +3,8 @@
 Everything lies in one folder and is made in the order maps, groups, networks, table. What is
 finished is read, not repeated, so the command goes on wherever it was killed.
 
-    maps/       the training that records them, which is also the MTL baseline
+    maps/       the training that records them, which is also the MTL baseline; pictures of them
     stl/        the single tasks
-    pictures/   the data maps, and the tree of the tasks
     kmeans-3/   one for each plan: memberships, specialist-1/ ..., the table
 """
 
@@ -14,24 +13,24 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from equipoise.errors import EquipoiseError
-from equipoise.grouping import Choice, DataMaps, Groups, Recorder, Specialists, choose, find_groups
+from equipoise.grouping import Choice, DataMaps, Groups, Specialists, choose, find_groups
 from equipoise.lab import grouping_figures, networks, runs
 from equipoise.lab.comparison import Failure, Job, in_processes, one_by_one, summary
 from equipoise.lab.config import ConfigError, RunConfig
-from equipoise.lab.data import Data, loader
+from equipoise.lab.data import Data
 from equipoise.lab.evaluation import Values, evaluate
-from equipoise.lab.files import read_json, read_state, write_json, write_text
+from equipoise.lab.files import read_json, write_json, write_text
+from equipoise.lab.grouping_runs import GradientsRun, LookaheadRun, MapsRun, Telling, kinds
 from equipoise.lab.progress import Display, Throttle
-from equipoise.step import StepReport
 
-KINDS = ("binary", "classification", "regression")
+By = Literal["maps", "stl-maps", "gradients", "lookahead"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ class Plan:
         method: as in `find_groups`.
         fuzziness: F > 1.
         combine: how the specialists speak together, as in `Specialists`.
+        by: what tells which tasks belong together: the data maps of one network or of single tasks,
+            gradient cosines, or TAG's lookaheads.
     """
 
     n_groups: int | None = None
@@ -51,75 +52,13 @@ class Plan:
     method: Any = "kmeans"
     fuzziness: float = 2.0
     combine: Any = "probabilities"
+    by: By = "maps"
 
     def name(self, n_groups: int) -> str:
-        """Of the folder in which it is carried out: "kmeans-3", "cmeans-2-fuzziness-1.5"."""
+        """Of the folder in which it is carried out: "kmeans-3", "lookahead-hard-2"."""
         soft = self.method in ("kmeans", "cmeans") and self.fuzziness != 2
-        return f"{self.method}-{n_groups}" + (f"-fuzziness-{self.fuzziness:g}" if soft else "")
-
-
-class MapsRun(runs.Run):
-    """A run that records data maps while it trains, which changes nothing in the training."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        data: Data | None = None,
-        *,
-        checkpoints: Sequence[int],
-        path: Path | None = None,
-    ) -> None:
-        super().__init__(config, data)
-        self.maps = empty_maps(self.data, checkpoints, path)
-        self.record = Recorder(self.model, self.maps, kinds(self.data))
-
-    def train_epoch(self, progress: runs.Progress | None = None) -> dict[str, Any]:
-        """An epoch of training, and of the maps."""
-        trained = super().train_epoch(progress)
-        self.maps.end_epoch()
-        return trained
-
-    def training_batches(self, seed: int) -> Iterable[Any]:
-        """The same batches, which also say which samples they hold."""
-        batches = loader(
-            self.data.train, self.config.batch_size, shuffle_seed=seed, with_index=True
-        )
-        return self.fabric.setup_dataloaders(cast(Any, batches))
-
-    def train_on(self, batch: Any) -> StepReport:
-        """One step, recorded."""
-        inputs, targets, index = batch
-        with self.record(targets, index):
-            return self.step(inputs, targets)
-
-    def more_state(self) -> dict[str, Any]:
-        """The maps."""
-        return {"maps": self.maps.state_dict()}
-
-    def take(self, state: dict[str, Any]) -> None:
-        """The maps as they were."""
-        self.maps.load_state_dict(state["maps"])
-
-
-def empty_maps(data: Data, checkpoints: Sequence[int], path: Path | None) -> DataMaps:
-    """Maps of the training split; the full ones go to the file `path`, if there is one."""
-    names = [task.name for task in data.tasks]
-    return DataMaps(len(names), len(data.train), checkpoints, path=path, tasks=names)
-
-
-def kinds(data: Data) -> dict[str, Any]:
-    """Task name -> kind, as `true_class_probability` wants it.
-
-    Raises:
-        ConfigError: a task of another kind.
-    """
-    for task in data.tasks:
-        if task.kind not in KINDS:
-            raise ConfigError(
-                f"task {task.name!r} is a {task.kind} task; data maps are made of tasks of the "
-                f"kinds {', '.join(KINDS)}."
-            )
-    return {task.name: task.kind for task in data.tasks}
+        by = "" if self.by == "maps" else f"{self.by}-"
+        return f"{by}{self.method}-{n_groups}" + (f"-fuzziness-{self.fuzziness:g}" if soft else "")
 
 
 def evenly(epochs: int, number: int = 10) -> tuple[int, ...]:
@@ -133,8 +72,8 @@ class Grouping:
     """A grouping in the folder `out`, which several plans can share.
 
     Args:
-        config: of the run that records the maps, which is also the MTL baseline; specialists
-            and single tasks are trained under the same one.
+        config: of the run that tells which tasks belong together, which is also the MTL baseline;
+            specialists and single tasks are trained under the same one.
         plan: of the grouping.
         out: the folder.
         full_maps: whether to keep the maps of all checkpoints in the file maps/maps.npy; the method
@@ -149,6 +88,7 @@ class Grouping:
     plan: Plan
     out: Path
     full_maps: bool = False
+    source: Telling = field(init=False)
     data: Data = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,11 +100,14 @@ class Grouping:
                 f"the last checkpoint is after epoch {last}; give --checkpoints from 1 to "
                 f"{self.config.epochs}, or more --epochs."
             )
-        runs.refuse_another_run(self.config, self.out / "maps")
+        if self.plan.method == "points" and not self._of_maps:
+            raise ConfigError(f"the method points needs data maps, not {self.plan.by}.")
+        for job in (self.telling, *self.baselines.values()):
+            runs.refuse_another_run(job.config, job.folder)
         self.full_maps |= self.plan.method == "points"
-        if (path := self.out / "grouping.json").exists():
-            there, mine = read_json(path), list(self.plan.checkpoints)
-            self.full_maps = there.get("full_maps", False)
+        if self._begun.exists():
+            there, mine = read_json(self._begun), list(self.plan.checkpoints)
+            self.full_maps = there["full_maps"]
             if there["checkpoints"] != mine:
                 raise ConfigError(
                     f"{self.out} was begun with checkpoints {there['checkpoints']}, not {mine}; "
@@ -172,32 +115,33 @@ class Grouping:
                 )
         try:
             with runs.seeded(self.config):
-                run = self._recording(self.config)
+                run = self._make(self.telling.config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        self.source, self.data = run, run.data
+        kinds(self.data)
+        n_tasks = len(self.data.tasks)
+        if self.plan.n_groups is not None and not 1 <= self.plan.n_groups <= n_tasks:
+            raise ConfigError(f"groups is {self.plan.n_groups}; give 1 to {n_tasks}, the tasks.")
         if self.plan.method == "points":
             try:
-                run.maps.maps()
+                self._maps.maps()
             except EquipoiseError as error:
                 raise ConfigError(
                     f"{self.out} was begun without full maps, which the method points needs; "
                     "choose another --out, or remove that folder."
                 ) from error
-        self.data = run.data
-        n_tasks = len(self.data.tasks)
-        if self.plan.n_groups is not None and not 1 <= self.plan.n_groups <= n_tasks:
-            raise ConfigError(f"groups is {self.plan.n_groups}; give 1 to {n_tasks}, the tasks.")
 
     # ------------------------------------------------------------------ groups
 
     def groups(self) -> tuple[Groups, Choice | None]:
-        """Record the maps, find the groups, write memberships and pictures."""
-        maps = self._maps()
-        gram = maps.gram()
-        choice = choose(gram, seed=self.config.seed) if maps.n_tasks > 2 else None
+        """Train what tells them, find the groups, write memberships and pictures."""
+        self._tell()
+        gram = self.source.gram()
+        choice = choose(gram, seed=self.config.seed) if len(gram) > 2 else None
         number = self.plan.n_groups or (choice.best if choice else 1)
         found = find_groups(
-            maps.maps() if self.plan.method == "points" else gram,
+            self._maps.maps() if self.plan.method == "points" else gram,
             number,
             fuzziness=self.plan.fuzziness,
             seed=self.config.seed,
@@ -211,28 +155,52 @@ class Grouping:
         grouping_figures.save(grouping_figures.memberships(found), folder / "memberships.svg")
         return found, choice
 
-    def _maps(self) -> DataMaps:
-        """The maps, from the run that records them; with their pictures."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        begun = {"checkpoints": list(self.plan.checkpoints), "full_maps": self.full_maps}
-        write_json(self.out / "grouping.json", begun)
-        folder = self.out / "maps"
+    def _tell(self) -> None:
+        """Train what tells the groups, and show it."""
+        folder = self.telling.folder
         if runs.finished(folder) is None:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._of_maps:
+                begun = {"checkpoints": list(self.plan.checkpoints), "full_maps": self.full_maps}
+                write_json(self._begun, begun)
             with Display(self.config.epochs, 1) as display:
-                told = Throttle(lambda *seen: display.update("maps", *seen))
-                runs.train(self.config, folder, told, self._recording)
-        maps = empty_maps(self.data, self.plan.checkpoints, self._path)
-        maps.load_state_dict(read_state(folder / "checkpoint.ckpt")["maps"])
-        grouping_figures.write(self.out / "pictures", maps)
-        return maps
+                told = Throttle(lambda *seen: display.update(self.telling.name, *seen))
+                runs.train(self.telling.config, folder, told, self._make)
+        self.source.resume(folder)
+        self.source.show(folder)
 
-    def _recording(self, config: RunConfig) -> MapsRun:
-        return MapsRun(config, checkpoints=self.plan.checkpoints, path=self._path)
+    def _make(self, config: RunConfig) -> Any:
+        if self._of_maps:
+            path = self.telling.folder / "maps.npy" if self.full_maps else None
+            return MapsRun(config, checkpoints=self.plan.checkpoints, path=path)
+        return {"gradients": GradientsRun, "lookahead": LookaheadRun}[self.plan.by](config)
 
     @property
-    def _path(self) -> Path | None:
-        return self.out / "maps" / "maps.npy" if self.full_maps else None
+    def _of_maps(self) -> bool:
+        return self.plan.by in ("maps", "stl-maps")
+
+    @property
+    def _begun(self) -> Path:
+        """How the recording was begun."""
+        return self.telling.folder / "recording.json"
+
+    @property
+    def _maps(self) -> DataMaps:
+        return cast(MapsRun, self.source).maps
+
+    @property
+    def telling(self) -> Named:
+        """The run that tells which tasks belong together."""
+        recipe = "stl" if self.plan.by == "stl-maps" else self.config.recipe
+        return Named(self.plan.by, self._like(recipe), self.out / self.plan.by)
+
+    @property
+    def baselines(self) -> dict[str, Named]:
+        """One network for all tasks, and one for each; the run that tells the groups is either."""
+        told = self.telling
+        if self.plan.by == "stl-maps":
+            return {"mtl": Named("mtl", self.config, self.out / "mtl"), "stl": told}
+        return {"mtl": told, "stl": Named("stl", self._like("stl"), self.out / "stl")}
 
     def folder(self, groups: Groups) -> Path:
         """Where the plan is carried out: all that depends on the groups."""
@@ -241,8 +209,8 @@ class Grouping:
     # ------------------------------------------------------------------ networks
 
     def train(self, groups: Groups, side_by_side: int = 1) -> list[str]:
-        """Train specialists and single tasks, `side_by_side` at a time; returns what failed."""
-        jobs = [*self.specialists(groups), Named("stl", self._like("stl"), self.out / "stl")]
+        """Train specialists and baselines, `side_by_side` at a time; returns what failed."""
+        jobs = [*self.specialists(groups), *self.baselines.values()]
         todo = [job for job in jobs if runs.finished(job.folder) is None]
         failures = []
         for job in todo:
@@ -286,8 +254,8 @@ class Grouping:
             batches = run.batches(self.data.test, shuffle_seed=None)
             _, values = evaluate(cast(Any, ensemble), self.data.tasks, batches, run.fabric.autocast)
         columns = {"stg-mtl": values}
-        for name, folder in (("mtl", "maps"), ("stl", "stl")):
-            result = runs.finished(self.out / folder)
+        for name, job in self.baselines.items():
+            result = runs.finished(job.folder)
             assert result is not None
             columns[name] = result["test"]
         return self._written(columns, partial(self.file, groups, "table"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -26,6 +26,9 @@ def group(
     groups: Annotated[
         int | None, typer.Option(help="How many; default: with the highest silhouette.")
     ] = None,
+    by: Annotated[
+        str, typer.Option(help="What tells the groups: maps, stl-maps, gradients or lookahead.")
+    ] = "maps",
     method: Annotated[str, typer.Option(help="kmeans, hard, cmeans or points.")] = "kmeans",
     fuzziness: Annotated[float, typer.Option(help="Of soft memberships, above 1.")] = 2.0,
     checkpoints: Annotated[
@@ -71,13 +74,15 @@ def group(
     )  # fmt: skip
     for name, value, known in (
         ("method", method, ("kmeans", "hard", "cmeans", "points")),
+        ("by", by, ("maps", "stl-maps", "gradients", "lookahead")),
         ("combine", combine, ("probabilities", "logits")),
     ):
         if value not in known:
             raise ConfigError(f"{name} is {value!r}; give {', '.join(known)}.")
     if not fuzziness > 1:
         raise ConfigError(f"fuzziness is {fuzziness}; it must be above 1.")
-    plan = Plan(groups, read(checkpoints) or evenly(epochs), method, fuzziness, combine)
+    plan = Plan(groups, read(checkpoints) or evenly(epochs), method, fuzziness, combine,
+                cast(Any, by))  # fmt: skip
     folder = out or Path("runs", f"group-{file_name(config.data)}")
     grouping = Grouping(config, plan, folder, full_maps)
     writable(folder)
@@ -85,7 +90,8 @@ def group(
     if choice is not None:
         print("Silhouettes by the number of groups:")
         print("  ".join(f"{n}: {s:.3f}" for n, s in choice.silhouettes.items()))
-    print(f"\n{found}\n\nMemberships: {grouping.folder(found)}; pictures: {folder / 'pictures'}")
+    print(f"\n{found}\n\nMemberships: {grouping.folder(found)}")
+    print(f"Pictures of what tells them: {grouping.telling.folder / 'pictures'}")
     if not train:
         return 0
     if failures := grouping.train(found, jobs):

@@ -1,8 +1,9 @@
-"""The pictures of a grouping: data maps, the tree of tasks, memberships."""
+"""The pictures of a grouping: data maps, affinities, the tree of tasks, memberships."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,22 @@ def memberships(groups: Groups) -> Figure:
     return figure
 
 
-def tree(gram: Tensor, tasks: tuple[str, ...]) -> Figure:
-    """Which tasks join first, by the mean distance of their maps."""
-    with canvas("Distances of the maps", height=1.0 + 0.2 * len(tasks)) as (figure, axes):
+def affinities(matrix: np.ndarray, tasks: Sequence[str]) -> Figure:
+    """How much the step of one task (row) helps another (column); the diagonal is left out."""
+    shown = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+    with canvas("Affinities", height=1.4 + 0.2 * len(matrix)) as (figure, axes):
+        limit = float(np.nanmax(np.abs(shown), initial=0.0)) or 1.0
+        drawn = axes.imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        figure.colorbar(drawn, ax=axes)
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(tasks)), tasks)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=90)
+    return figure
+
+
+def tree(gram: Tensor, tasks: Sequence[str]) -> Figure:
+    """Which tasks join first, by the mean distance between them."""
+    with canvas("Distances", height=1.0 + 0.2 * len(tasks)) as (figure, axes):
         dendrogram(
             linkage(gram), ax=axes, labels=list(tasks), orientation="right",
             link_color_func=lambda _: INK, leaf_font_size=8,
