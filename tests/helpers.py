@@ -339,6 +339,8 @@ def run_rank(rank: int, folder: str, recipes: Sequence[str]) -> None:
             "state": step.weighting.state_dict() if isinstance(step.weighting, nn.Module) else {},
         }  # fmt: skip
     found["errors"] = [_ranked_error(rank, kind) for kind in ("loss", "gradient", "later")]
+    found["maps"] = recorded(PARTS[rank], alone_in_looking=rank == 0)
+    found["maps error"] = _recording_error(rank)
     found["functional"] = _ranked_backward(PARTS_OF_EQUAL_SIZE[rank])
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -368,6 +370,41 @@ def _ranked_error(rank: int, kind: str) -> tuple[str, str, list[str]]:
         changed = [d for d in differences(before, snapshot(step)) if "grad" not in d]
         return type(error).__name__, str(error), changed
     return "none", "", []
+
+
+def recorded(part: slice = slice(None), alone_in_looking: bool = True) -> dict[str, Any]:
+    """Give the state of maps of the ranked batches, after an epoch in training and a look."""
+    from equipoise.grouping import DataMaps, Recorder
+
+    step = ranked_step("ew")
+    maps = DataMaps(3, 7, [1, 2])
+    record = Recorder(step.model, maps, "regression")
+    for k in range(STEPS):
+        inputs, targets, masks = ranked_batch(k, part)
+        with record(targets, torch.arange(7)[part], masks):
+            step(inputs, targets, masks)
+    maps.end_epoch()
+    inputs, targets, _ = ranked_batch(0)
+    batches = [(inputs, targets, torch.arange(7))]
+    record.look(batches if alone_in_looking else [])
+    maps.end_epoch()
+    return maps.state_dict()
+
+
+def _recording_error(rank: int) -> str:
+    """Let the second process train on nothing."""
+    from equipoise.grouping import DataMaps, Recorder
+
+    model = linear_model(RANKED_TASKS)
+    record = Recorder(model, DataMaps(3, 7, [1]), "regression")
+    inputs, targets, masks = ranked_batch(0, PARTS[rank])
+    try:
+        with record(targets, torch.arange(7)[PARTS[rank]], masks):
+            if rank == 0:
+                model(inputs)
+    except eq.EquipoiseError as error:
+        return str(error)
+    return "none"
 
 
 def _ranked_backward(part: slice) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from helpers import (
     parameters_of,
     ranked_batch,
     ranked_step,
+    recorded,
     run_rank,
 )
 
@@ -167,3 +168,19 @@ def test_alone_there_is_nothing_to_do() -> None:
     assert ranks.from_first(x) is x
     assert ranks.gather(x) is x
     assert ranks.sum_gradients([x, None], [x, x]) == [x, None]
+
+
+def test_data_maps_are_those_of_the_joint_batch(ranks: list) -> None:
+    """Parts of 5 and 2 samples, a task without a label in one of them; one process looks at all."""
+    expected = recorded()
+    for rank in ranks:
+        state = rank["maps"]
+        assert torch.equal(state["count"], expected["count"])
+        for name in ("mean", "squares", "centred"):
+            assert torch.allclose(state[name], expected[name], rtol=1e-5, atol=1e-6), name
+        assert differences(state, ranks[0]["maps"]) == []
+
+
+def test_a_batch_that_one_process_cannot_record_is_recorded_by_none(ranks: list) -> None:
+    assert "another process could not" in ranks[0]["maps error"]
+    assert "no head of the model was called" in ranks[1]["maps error"]

@@ -103,6 +103,21 @@ class Ranks:
         dist.all_gather(pieces, piece.contiguous())
         return torch.cat(pieces, dim=-1)
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all processes one after the other; each may have another number of them."""
+        if self.alone:
+            return rows
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(rows)
+        sizes = self.sum(sizes).tolist()
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        sent = padded.to(self._wire) if self._wire else padded
+        pieces = [torch.empty_like(sent) for _ in sizes]
+        dist.all_gather(pieces, sent)
+        joined = torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+        return joined.to(rows.device)
+
     def align(self, generators: Iterable[torch.Generator]) -> None:
         """Give private generators the state that they have on the first process."""
         for generator in () if self.alone else generators:

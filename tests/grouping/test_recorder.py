@@ -128,3 +128,35 @@ def test_a_pass_of_its_own_in_evaluation_mode() -> None:
     expected = true_class_probability(model.eval()(x), targets, kinds=KINDS)
     found = maps.current()[..., 0].T
     torch.testing.assert_close(found, expected.nan_to_num(0.0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_any_label_counts_for_nothing() -> None:
+    """The step does nothing with it, and no head is called; without the step it is an error."""
+    x, targets = data()
+    model = network()
+    step = eq.Recipe.parse("ew").build(model, LOSSES, lr=0.1, steps_per_epoch=1)
+    maps = DataMaps(3, N, [1])
+    record = Recorder(model, maps, KINDS)
+    nothing = {"yes": torch.full((N, 1), math.nan), "size": torch.full((N, 1), math.nan)}
+    with record(nothing, torch.arange(N)):
+        step(x, nothing)
+    assert not maps.count.any()
+    with (
+        pytest.raises(eq.EquipoiseError, match="no head of the model was called"),
+        record(targets, torch.arange(N)),
+    ):
+        pass
+
+
+def test_a_look_that_fails_counts_nothing() -> None:
+    x, targets = data()
+    maps = DataMaps(3, N, [1])
+    record = Recorder(network(), maps, KINDS)
+
+    def batches():
+        yield x, targets, torch.arange(N)
+        raise RuntimeError("the loader is broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        record.look(batches())
+    assert not maps.count.any() and record.model.training

@@ -45,7 +45,7 @@ class DataMaps:
     left out of the inner products: there the task counts as the mean of the tasks that have seen
     it, and a sample that no task has seen counts for none.
 
-    In several processes, gather probabilities and indices first and give all of them to each.
+    In several processes each wants the probabilities and indices of all, as `Recorder` gives them.
 
     Memory: 12 N T bytes whatever the number of checkpoints, and the full maps where they are kept.
     """

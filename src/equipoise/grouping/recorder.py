@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 from equipoise.errors import EquipoiseError
 from equipoise.grouping.data_maps import DataMaps
 from equipoise.grouping.scores import Kind, true_class_probability
+from equipoise.labels import labelled
+from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, devices_of, frozen_buffers
 from equipoise.trunk import SharedTrunk
 
@@ -23,6 +25,9 @@ class Recorder:
     It listens to the first output of each head: with dropout on, and before the batch has changed
     the weights, as STG-MTL's code does. A step with flat regions or trials looks at
     the heads several times; the first time counts.
+
+    Under torch.distributed each process calls it with its part of the batch, and the maps of all
+    hold the joint batch.
 
     Args:
         model: the network that is trained.
@@ -52,6 +57,7 @@ class Recorder:
             raise ValueError(f"maps for {maps.n_tasks} tasks, a model with {len(model.tasks)}.")
         self.model, self.maps = model, maps
         self.kinds, self.scales = kinds, scales
+        self.ranks = Ranks()
 
     @contextmanager
     def __call__(
@@ -68,7 +74,7 @@ class Recorder:
             masks: as the step gets them.
 
         Raises:
-            EquipoiseError: no head was called.
+            EquipoiseError: no head was called, though there are labels.
             TaskError, ValueError: what `true_class_probability` or `DataMaps.update` refuses.
         """
         outputs: dict[str, Tensor] = {}
@@ -86,12 +92,24 @@ class Recorder:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not outputs:
-            raise EquipoiseError("no head of the model was called; train on a batch in the body.")
-        self._record(outputs, targets, index, masks)
+        with self.ranks.agreeing():
+            if not outputs and self._labelled(targets, masks or {}):
+                raise EquipoiseError(
+                    "no head of the model was called; train on a batch in the body."
+                )
+            scores = self._scores(outputs, targets, index, masks)
+        self._count(scores, index)
 
-    def _record(self, outputs: Any, targets: Any, index: Tensor, masks: Any = None) -> None:
-        scores = true_class_probability(
+    def _labelled(self, targets: Mapping[str, Any], masks: Mapping[str, Tensor]) -> bool:
+        """Whether any sample has a label; a step does nothing where none has."""
+        keep = (labelled(task, targets[task], masks.get(task)) for task in targets)
+        return any(kept is None or bool(kept.any()) for kept in keep)
+
+    def _scores(self, outputs: Any, targets: Any, index: Tensor, masks: Any = None) -> Tensor:
+        """(B, T), NaN without a label."""
+        if not any(task in targets for task in outputs):
+            return torch.full((len(index), self.maps.n_tasks), torch.nan)
+        return true_class_probability(
             outputs,
             targets,
             kinds=self.kinds,
@@ -99,12 +117,19 @@ class Recorder:
             masks=masks,
             tasks=self.model.tasks,
         )
-        self.maps.update(scores, index)
+
+    def _count(self, scores: Tensor, index: Tensor) -> None:
+        """Put the scores of all processes into the maps of each."""
+        device = self.maps.mean.device
+        index = torch.as_tensor(index).to(device)
+        gathered = self.ranks.gather_rows(scores.to(device)), self.ranks.gather_rows(index)
+        self.maps.update(*gathered)
 
     def look(self, batches: Iterable[tuple[Any, Mapping[str, Any], Tensor]]) -> None:
         """A pass of its own over all samples, in evaluation mode, instead of recording in training.
 
         The model, its modes and buffers, and torch's random generators are afterwards as before.
+        The scores count once all batches have been seen: N x T numbers more while it looks.
 
         Args:
             batches: triples (inputs, targets by task name, indices).
@@ -112,15 +137,19 @@ class Recorder:
         modes = {module: module.training for module in self.model.modules()}
         random = RandomState(devices_of(self.model))
         device = next(iter(self.model.parameters())).device
+        nothing = torch.zeros(0, self.maps.n_tasks), torch.zeros(0, dtype=torch.int64)
+        seen = [nothing]
         self.model.eval()
         try:
-            with torch.no_grad(), frozen_buffers(self.model):
+            with self.ranks.agreeing(), torch.no_grad(), frozen_buffers(self.model):
                 for batch in batches:
                     inputs, targets, index = pytree.tree_map(
                         lambda x: x.to(device) if isinstance(x, Tensor) else x, tuple(batch)
                     )
-                    self._record(self.model(inputs), targets, index)
+                    scores = self._scores(self.model(inputs), targets, index)
+                    seen.append((scores.cpu(), torch.as_tensor(index).cpu()))
         finally:
             random.restore()
             for module, mode in modes.items():
                 module.training = mode
+        self._count(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
