@@ -218,6 +218,8 @@ def test_ways_to_tell_that_cannot_be(tmp_path) -> None:
         grouping(tmp_path / "out", Plan(2, (1, 3), by="gradients"))
     with pytest.raises(ConfigError, match="points needs data maps, not lookahead"):
         grouping(tmp_path / "out", Plan(2, (1, 3), "points", by="lookahead"))
+    with pytest.raises(ConfigError, match="stl trains tasks apart"):
+        Grouping(RunConfig.of(recipe="stl", **COMMON), Plan(2, (1, 3)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -29,6 +29,7 @@ from equipoise.lab.evaluation import Values, evaluate
 from equipoise.lab.files import read_json, write_json, write_text
 from equipoise.lab.grouping_runs import GradientsRun, LookaheadRun, MapsRun, Telling, kinds
 from equipoise.lab.progress import Display, Throttle
+from equipoise.recipe import Recipe
 
 By = Literal["maps", "stl-maps", "gradients", "lookahead"]
 
@@ -94,6 +95,11 @@ class Grouping:
     def __post_init__(self) -> None:
         if self.config.task_weights is not None:
             raise ConfigError("a grouping finds task weights itself.")
+        if Recipe.parse(self.config.recipe).is_stl:
+            raise ConfigError(
+                "stl trains tasks apart, and has no use for groups; for groups by the maps of single "
+                "tasks give --by stl-maps."
+            )
         last = max(self.plan.checkpoints, default=0)
         if not 0 < last <= self.config.epochs:
             raise ConfigError(
