@@ -97,8 +97,8 @@ class Grouping:
             raise ConfigError("a grouping finds task weights itself.")
         if Recipe.parse(self.config.recipe).is_stl:
             raise ConfigError(
-                "stl trains tasks apart, and has no use for groups; for groups by the maps of single "
-                "tasks give --by stl-maps."
+                "stl trains tasks apart, and has no use for groups; for groups by the maps of "
+                "single tasks give --by stl-maps."
             )
         last = max(self.plan.checkpoints, default=0)
         if not 0 < last <= self.config.epochs:
