@@ -158,7 +158,7 @@ def main() -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     large = json.loads(done.stdout)
     print(table([large]))
-    content = {"environment": environment(), "recording": rows, "hundred tasks": large}
+    content = {"environment": environment(), "recording": rows, "hundred tasks": [large]}
     write(arguments.json, content)
 
 

@@ -5,7 +5,7 @@ A page may hold three kinds of mark, each on a line of its own:
     <!-- methods: weighting -->          the registered methods of one axis, as a table
     <!-- names: equipoise.weighting -->  the documentation of every public name of a module
     <!-- result: flat-regions accuracy -->  a table of docs/results/flat-regions.json
-    <!-- result: weighting rows -->         the rows of a benchmark, as a table
+    <!-- result: weighting rows -->         the rows of a benchmark, by their key, as a table
 
 so that a new method, or a new name, needs no change in the documentation. MkDocs calls
 `on_page_markdown` for every page; `python docs/gen_pages.py` prints the table of methods.
@@ -58,9 +58,9 @@ def result(what: str) -> str:
     file, _, name = what.partition(" ")
     path = Path(__file__).parent / "results" / f"{file}.json"
     measured = json.loads(path.read_text(encoding="utf-8"))
-    if name != "rows":
+    if name in measured.get("tables", ()):
         return "\n".join(measured["tables"][name])
-    rows = measured["rows"]
+    rows = measured[name]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

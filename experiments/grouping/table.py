@@ -133,13 +133,15 @@ def members(sets: Sequence[Set]) -> str:
 
 
 def memberships(found: Set, n_groups: int) -> str:
-    """Each task's memberships, mean over the seeds; groups in the order of their first task."""
+    """Each task's memberships, mean over the seeds that have the groups of the first."""
     every = found.groups(n_groups)
-    w = np.stack([groups.memberships.numpy() for groups in every])
+    same = [groups for groups in every if torch.equal(groups.labels, every[0].labels)]
+    w = np.stack([groups.memberships.numpy() for groups in same])
     rows = []
     for i, task in enumerate(every[0].tasks):
         rows.append([task, *(spread(w[:, i, j].tolist()) for j in range(n_groups))])
-    return table(["task", *(f"group {j + 1}" for j in range(n_groups))], rows)
+    head = ["task", *(f"group {j + 1}" for j in range(n_groups))]
+    return table([*head[:-1], f"{head[-1]} ({len(same)} of {len(every)} seeds)"], rows)
 
 
 def complements(sets: Sequence[Set]) -> str:
@@ -318,7 +320,8 @@ def main() -> None:
     }
     for found in sets:
         if not found.name.startswith("paper"):
-            tables[f"memberships-{found.name}"] = memberships(found, NUMBERS[-1])
+            for n in NUMBERS:
+                tables[f"memberships-{found.name}-{n}"] = memberships(found, n)
         if found.name.startswith("table"):
             tables[f"f1-{found.name}"] = f1(found)
             tables[f"f1-tasks-{found.name}"] = by_task(found)
