@@ -63,13 +63,7 @@ class Labels:
                 raise EquipoiseError(
                     f"{what}s must be a dict by task name, not {type(given).__name__}."
                 )
-            for name in given:
-                if name not in tasks:
-                    raise TaskError(
-                        str(name),
-                        f"has a {what} but the model has no such task; "
-                        + nearest(str(name), tasks),
-                    )
+        refuse_unknown({"target": targets, "mask": masks}, tasks)
         if not targets:
             raise EquipoiseError("targets is empty; give at least one task's target.")
         self.tasks = tasks
@@ -102,6 +96,18 @@ class Labels:
             return output, self._targets[task]
         chosen = pytree.tree_map(lambda x: x[keep] if isinstance(x, Tensor) else x, output)
         return chosen, self._targets[task][keep]
+
+
+def refuse_unknown(given: Mapping[str, Any], tasks: Iterable[str]) -> None:
+    """Of what is given by task name ("mask" -> masks), each name must be that of a task."""
+    tasks = tuple(tasks)
+    for what, by_name in given.items():
+        for name in by_name if isinstance(by_name, Mapping) else ():
+            if name not in tasks:
+                raise TaskError(
+                    str(name),
+                    f"has a {what} but the model has no such task; " + nearest(str(name), tasks),
+                )
 
 
 def labelled(task: str, target: Any, mask: Tensor | None) -> Tensor | None:

@@ -47,6 +47,18 @@ class RandomState:
         self.devices = {d: state.get(str(d), own).cpu() for d, own in self.devices.items()}
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """In evaluation mode; afterwards each module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class Replay:
     """Calls again, on the same batch, what was called before, with the same random draws.
 

@@ -17,6 +17,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_samples
 
 from equipoise import EquipoiseError
 from equipoise.grouping import (
+    Choice,
     Groups,
     affinity_gram,
     choose,
@@ -27,7 +28,7 @@ from equipoise.grouping import (
     silhouette,
 )
 from equipoise.grouping.kmeans import lloyd
-from equipoise.grouping.vectors import centred_gram, coordinates
+from equipoise.grouping.vectors import centred_gram, coordinates, pairwise
 
 KNOWN = [
     ((1, 2), 2, (0.8, 0.2)),
@@ -218,10 +219,8 @@ def test_points() -> None:
     found = find_groups(maps.astype(np.float32), 2, method="points")
     assert found.memberships.tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
     assert found.labels.tolist()[:2] == [0, 1]
-    maps[0, :, :10] = 0  # not seen: left out
+    maps[1, :, :10] = 0  # not seen: left out, or they would lie in the low region
     assert cluster(maps, 2, method="points").tolist() == found.memberships.tolist()
-    theirs = KMeans(2, n_init=10, random_state=0).fit(maps[maps[..., 0] > 0])
-    assert theirs.inertia_ > 0
     with pytest.raises(EquipoiseError, match="does not hold the points"):
         cluster(np.eye(4), 2, method="points")
 
@@ -267,6 +266,18 @@ def test_the_number_of_groups_is_found() -> None:
             choose(blobs(5), numbers)
 
 
+def test_equal_tasks_limit_the_choice() -> None:
+    pairs = np.array([[0.0], [0.0], [1.0], [1.0]])
+    assert list(choose(pairs).silhouettes) == [2] and choose(pairs).best == 2
+    assert choose(np.ones((4, 2))).best == 1
+    with pytest.raises(EquipoiseError, match="at most 2"):
+        choose(pairs, [3])
+
+
+def test_of_equally_good_numbers_the_smallest_is_chosen() -> None:
+    assert Choice({2: 0.5, 3: 0.7, 4: 0.7}, {}).best == 3
+
+
 def test_the_tree_joins_near_tasks_first() -> None:
     x = np.array([[0.0], [1.0], [10.0], [13.0]])
     tree = linkage(x @ x.T, "single")
@@ -299,7 +310,7 @@ def test_any_affinities_become_inner_products() -> None:
     with pytest.raises(EquipoiseError, match="no inner products"):
         cluster(s + 3 * np.eye(7) * (s.diagonal() < 0) - 9 * s * off, 2, given="gram")
     for wrong in (a[:3], np.full((2, 2), np.nan)):
-        with pytest.raises(EquipoiseError, match="affinities must be"):
+        with pytest.raises(EquipoiseError, match="affinities are|must be finite"):
             affinity_gram(wrong)
 
 
@@ -343,7 +354,7 @@ def test_files(tmp_path: Path) -> None:
         (ValueError, "n_init is 0", {"n_init": 0}),
         (ValueError, "fuzziness is 1", {"fuzziness": 1.0}),
         (ValueError, "tasks has 1 names for 3 tasks", {"tasks": ["a"]}),
-        (ValueError, "what is 'distances'", {"given": "distances"}),
+        (ValueError, "given is 'distances'", {"given": "distances"}),
         (EquipoiseError, "at most 3", {"n_groups": 4}),
         (EquipoiseError, r"shape \(3,\)", {"gram_or_vectors": np.ones(3)}),
         (EquipoiseError, "NaN or infinity", {"gram_or_vectors": np.full((3, 2), np.nan)}),
@@ -360,3 +371,20 @@ def test_no_warning_on_maps_that_cannot_be_written_to() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cluster(x, 2)
+
+
+def test_how_much_tasks_help_themselves_may_count_or_not() -> None:
+    """Lookaheads of two pairs: with the diagonal all tasks are nearly equally far apart."""
+    a = np.full((4, 4), -1e-4)
+    a[0, 1] = a[1, 0] = a[2, 3] = a[3, 2] = 4e-4
+    a[np.arange(4), np.arange(4)] = 1.6e-3
+    with_it, without = (pairwise(affinity_gram(a, diagonal=d).numpy()) for d in (True, False))
+    assert with_it[0, 1] > 0.8 * with_it[0, 2]
+    assert without[0, 1] == 0 and without[0, 2] == pytest.approx(np.sqrt(2 * 5e-4))
+
+
+def test_what_cannot_be_chosen() -> None:
+    with pytest.raises(ValueError, match="has no silhouettes"):
+        choose(np.ones((4, 3, 2)), method="points")
+    with pytest.raises(ValueError, match="2 tasks leave no choice"):
+        choose(np.eye(2))

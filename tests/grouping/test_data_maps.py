@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reference.grouping import StoredMaps, gram
 
 from equipoise import EquipoiseError, TaskError
-from equipoise.grouping import DataMaps, full_maps
+from equipoise.grouping import DataMaps, data_maps, full_maps
 
 P = (0.2, 0.4, 0.9)
 
@@ -224,7 +224,9 @@ def test_a_file_that_was_cut_short_is_named(tmp_path: Path, kept: int) -> None:
     fill(maps, None, 0, 1)
     path.write_bytes(path.read_bytes()[:kept])
     for read in (maps.maps, lambda: maps.load_state_dict(maps.state_dict())):
-        with pytest.raises(EquipoiseError, match=r"maps\.npy is damaged .*record the maps again"):
+        with pytest.raises(
+            EquipoiseError, match=r"maps\.npy is damaged .*record the maps again from"
+        ):
             read()
 
 
@@ -316,3 +318,26 @@ def test_a_state_of_something_else_is_refused() -> None:
         with pytest.raises(EquipoiseError, match=message):
             other.load_state_dict(maps.state_dict())
         assert other.epoch == 0 and not other.mean.any()
+
+
+def test_a_state_knows_its_tasks() -> None:
+    state = DataMaps(2, 4, [1], tasks=("a", "b")).state_dict()
+    with pytest.raises(EquipoiseError, match=r"state has tasks \['a', 'b'\], not \['b', 'a'\]"):
+        DataMaps(2, 4, [1], tasks=("b", "a")).load_state_dict(state)
+
+
+def test_memory_does_not_grow_with_the_checkpoints(monkeypatch) -> None:
+    """12 bytes for each sample and task, and T x T sums."""
+    monkeypatch.setattr(full_maps, "SMALL", 0)
+    t, n = 3, 1000
+    sizes = []
+    for checkpoints in (2, 20):
+        maps = DataMaps(t, n, range(1, checkpoints + 1))
+        for _ in range(checkpoints):
+            maps.update(torch.rand(n, t), torch.arange(n))
+            maps.end_epoch()
+        held = [x for x in vars(maps).values() if isinstance(x, torch.Tensor)]
+        assert {id(x) for x in held} == {id(getattr(maps, name)) for name in data_maps.STATE}
+        sizes.append(sum(x.numel() * x.element_size() for x in held))
+        assert maps._full.kept is None
+    assert sizes[0] == sizes[1] == 12 * t * n + 8 * (t * t + t + 1)

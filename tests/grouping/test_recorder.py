@@ -160,3 +160,29 @@ def test_a_look_that_fails_counts_nothing() -> None:
     with pytest.raises(RuntimeError, match="broken"):
         record.look(batches())
     assert not maps.count.any() and record.model.training
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (eq.TaskError, "'Yes': has a kind .* did you mean 'yes'", {"kinds": {"Yes": "binary"}}),
+        (eq.TaskError, "'yes': kind is 'bin'", {"kinds": {"yes": "bin"}}),
+        (eq.TaskError, "kind is 'bin'", {"kinds": "bin"}),
+        (eq.TaskError, "'zise': has a scale", {"scales": {"zise": 2.0}}),
+    ],
+)
+def test_names_and_kinds_are_looked_at_before_training(error, message, arguments) -> None:
+    with pytest.raises(error, match=message):
+        Recorder(network(), DataMaps(3, N, [1]), **arguments)
+
+
+def test_maps_of_other_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match="maps of tasks"):
+        Recorder(network(), DataMaps(3, N, [1], tasks=("yes", "size", "class")))
+    x, targets = data()
+    record = Recorder(network(), DataMaps(3, N, [1]), KINDS)
+    wrong = {"sise": targets["size"]}
+    with pytest.raises(eq.TaskError, match="has a target"):
+        record.look([(x, wrong, torch.arange(N))])
+    with pytest.raises(eq.TaskError, match="has a target"), record(wrong, torch.arange(N)):
+        pytest.fail("the body was run")

@@ -108,7 +108,10 @@ def test_half_precision() -> None:
         (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), None, "do not go together"),
         (torch.zeros(2, 1), torch.zeros(3), None, "do not go together"),
         (torch.zeros(2, 1), torch.zeros(3), "regression", "do not go together"),
-        (torch.zeros(2, 3), torch.zeros(2), "classification", "do not go together"),
+        (torch.zeros(2, 3), torch.tensor([0.5, 1]), "classification", "do not go together"),
+        (torch.tensor([0.0, torch.nan]), torch.zeros(2), "binary", "output is NaN where there is"),
+        (torch.tensor([0.0, torch.nan]), torch.zeros(2), "regression", "output is NaN where there"),
+        (torch.full((2, 3), torch.nan), torch.tensor([-1, 1]), "classification", "output is NaN"),
         (torch.zeros(2, 1), torch.zeros(2), "ordinal", "give one of 'binary'"),
     ],
 )
@@ -126,3 +129,28 @@ def test_the_task_with_the_wrong_label_is_named() -> None:
         true_class_probability(outputs, {})
     with pytest.raises(TaskError, match="scale is 0"):
         true_class_probability(outputs, outputs, kinds="regression", scales=0.0)
+
+
+def test_a_scale_may_be_what_std_returns() -> None:
+    o, t = torch.zeros(50), torch.linspace(-20, 20, 50)
+    wanted = true_class_probability(o, t, kinds="regression", scales=float(t.std()))
+    for scale in (t.std(), t.std().numpy()):
+        got = true_class_probability(o, t, kinds="regression", scales=scale)
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(TaskError, match="one kind and one scale"):
+        true_class_probability(o, t, kinds="regression", scales={"d": 2.0})
+
+
+def test_class_labels_may_be_numbers_with_nan() -> None:
+    o = torch.randn(3, 4)
+    got = true_class_probability({"c": o}, {"c": torch.tensor([1.0, math.nan, 3.0])},
+                                 kinds={"c": "classification"})  # fmt: skip
+    wanted = o.softmax(1)[[0, 2], [1, 3]]
+    torch.testing.assert_close(got[[0, 2], 0], wanted)
+    assert got[1].isnan()
+
+
+def test_an_empty_batch_has_no_scores() -> None:
+    for kind in ("binary", "regression"):
+        got = true_class_probability({"a": torch.zeros(0, 2)}, {"a": torch.zeros(0, 2)}, kinds=kind)
+        assert got.shape == (0, 1)

@@ -155,15 +155,20 @@ def test_one_file(tmp_path: Path) -> None:
     for task, p in together.probabilities(x).items():
         assert torch.equal(again.probabilities(x)[task], p)
     assert [p.name for p in tmp_path.iterdir()] == ["specialists.pt"]
-    with pytest.raises(eq.EquipoiseError, match="does not hold such specialists"):
+    with pytest.raises(eq.EquipoiseError, match="holds other networks than make_model's"):
         Specialists.load(path, lambda: network(width=2))
+    with pytest.raises(ZeroDivisionError):  # no error of the file
+        Specialists.load(path, lambda: 1 / 0)
+    one = network()
+    with pytest.raises(ValueError, match="one and the same"):
+        Specialists.load(path, lambda: one)
     whole = path.read_bytes()
     for kept in (100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:kept])
-        with pytest.raises(eq.EquipoiseError, match="does not hold such specialists"):
+        with pytest.raises(eq.EquipoiseError, match="holds no specialists, or is damaged"):
             Specialists.load(path, network)
     path.write_bytes(b"something else")
-    with pytest.raises(eq.EquipoiseError, match="does not hold such specialists"):
+    with pytest.raises(eq.EquipoiseError, match="holds no specialists, or is damaged"):
         Specialists.load(path, network)
     with pytest.raises(FileNotFoundError):
         Specialists.load(tmp_path / "nothing.pt", network)
@@ -189,3 +194,21 @@ def test_impossible_specialists() -> None:
     empty = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
     with pytest.raises(eq.EquipoiseError, match="no task belongs to group 2"):
         Specialists(two, empty).steps("ew", LOSSES, 0.1, 1)
+
+
+def test_predicting_leaves_each_module_in_its_mode() -> None:
+    x, _ = batch()
+    together = Specialists([network(0), network(1)], W)
+    together.networks[0].eval()
+    modes = [module.training for module in together.modules()]
+    assert len(set(modes)) == 2
+    together.predict(x)
+    together.predict_one(x[0])
+    assert [module.training for module in together.modules()] == modes
+
+
+def test_a_state_with_other_memberships_is_refused() -> None:
+    together = Specialists([network(0), network(1)], W)
+    with pytest.raises(eq.EquipoiseError, match="the state has memberships"):
+        together.set_extra_state({"memberships": W[:1]})
+    assert torch.equal(together.memberships, W)

@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from equipoise.grouping import Groups, Specialists, full_maps
+from equipoise.errors import EquipoiseError
+from equipoise.grouping import (
+    DataMaps,
+    Groups,
+    LookaheadAffinity,
+    Specialists,
+    cluster,
+    find_groups,
+    full_maps,
+)
 from equipoise.lab import cli, grouping_figures, models, runs
 from equipoise.lab.config import ConfigError, RunConfig
+from equipoise.lab.data import loader
+from equipoise.lab.evaluation import evaluate
 from equipoise.lab.files import DamagedError, read_state
 from equipoise.lab.grouping import Grouping, Plan, evenly
 from equipoise.lab.grouping_command import read
-from equipoise.lab.grouping_runs import MapsRun
+from equipoise.lab.grouping_runs import LookaheadRun, MapsRun
 
 DATA = "digits-attributes(sizes=(96,32,32),missing=0.1)"
 PLAN = "kmeans-2"  # the folder of the plan that most of these tests carry out
@@ -48,9 +60,9 @@ class Killed(BaseException):
     """What no handler of errors catches."""
 
 
-@pytest.mark.parametrize("step", [5, 14])
+@pytest.mark.parametrize("step", [8, 14, 32])
 def test_killed_in_training_it_ends_the_same(undisturbed, tmp_path, monkeypatch, step) -> None:
-    """Steps 5 (of 9) records maps, 14 is a specialist's."""
+    """Step 8 (of 9) records maps, 14 is a specialist's, 32 one of the single tasks'."""
     real, seen = runs.Run.train_epoch, []
 
     def dying(self, progress=None):
@@ -66,6 +78,25 @@ def test_killed_in_training_it_ends_the_same(undisturbed, tmp_path, monkeypatch,
         patch.setattr(runs.Run, "train_epoch", dying)
         whole(tmp_path / "out")
     assert (tmp_path / "out" / PLAN / "memberships.json").exists() == (step > 9)
+    assert whole(tmp_path / "out") == undisturbed[1]
+
+
+@pytest.mark.parametrize("what", ["choose", "evaluate"])
+def test_killed_between_trainings_it_ends_the_same(
+    undisturbed, tmp_path, monkeypatch, what
+) -> None:
+    """Once the maps are recorded, and in the middle of the table."""
+    monkeypatch.setattr(grouping_figures, "write", lambda *_: None)
+    shutil.copytree(undisturbed[0], tmp_path / "out")
+    for name in WRITTEN:
+        (tmp_path / "out" / PLAN / name).unlink()
+
+    def dying(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(f"equipoise.lab.grouping.{what}", dying)
+        whole(tmp_path / "out")
     assert whole(tmp_path / "out") == undisturbed[1]
 
 
@@ -86,7 +117,8 @@ def test_what_is_written(undisturbed) -> None:
     assert pictures == {*(f"map-{t}.svg" for t in groups.tasks), "tree.svg"}
     assert (folder / "memberships.svg").exists()
     table = json.loads((folder / "table.json").read_text())
-    assert table["columns"] == ["stg-mtl", "mtl", "stl"]
+    names = ["stg-mtl", "mtl", "stl"]
+    assert table["columns"] == [*names, *(f"{name}, training" for name in names)]
     assert [row[0] for row in table["rows"]][-2:] == ["slant: mae", "mean score"]
     assert np.isfinite([row[1:] for row in table["rows"]]).all()
     for j in (1, 2):
@@ -99,6 +131,22 @@ def test_what_is_written(undisturbed) -> None:
     loaded = Specialists.load(folder / "specialists.pt", model)
     assert torch.equal(loaded.memberships, groups.memberships)
     assert set(loaded.predict_one(torch.zeros(1, 20, 20))) == set(groups.tasks)
+    made = grouping(out)
+    for part in ("test", "train"):
+        batches = loader(getattr(made.data, part), 32, shuffle_seed=None)
+        _, measured = evaluate(loaded, made.data.tasks, batches, nullcontext)
+        found = {"stg-mtl": measured}
+        if part == "test":
+            found |= {n: runs.finished(out / f)["test"] for n, f in (("mtl", "maps"), ("stl",) * 2)}
+        for name, values in found.items():
+            column = 1 + table["columns"].index(name if part == "test" else f"{name}, training")
+            assert {row[0]: row[column] for row in table["rows"][:-1]} == {
+                f"{task}: {measure}": value
+                for task, measures in values.items()
+                for measure, value in measures.items()
+            }
+            scores = [task.score(values[task.name]) for task in made.data.tasks]
+            assert table["rows"][-1][column] == pytest.approx(np.mean(scores))
 
 
 def test_the_run_of_the_maps_is_the_mtl_baseline(undisturbed, tmp_path) -> None:
@@ -134,10 +182,18 @@ def test_several_plans_share_maps_and_single_tasks(undisturbed, tmp_path, monkey
         found, _ = made.groups()
         assert made.folder(found) == out / name
         assert len(Groups.from_json(out / name / "memberships.json")) == plan.n_groups
+        if plan.method == "cmeans":
+            gram = made.source.gram()
+            wanted = cluster(gram, 2, fuzziness=1.5, method="cmeans")
+            assert torch.equal(found.memberships, wanted)
     assert {name: (out / PLAN / name).read_bytes() for name in WRITTEN} == undisturbed[1]
     logits = grouping(out, Plan(2, (1, 3), combine="logits"))
     logits.table(Groups.from_json(out / PLAN / "memberships.json"))
+    kept = torch.load(out / PLAN / "specialists-logits.pt", weights_only=True)
+    assert kept["combine"] == "logits"
     assert (out / PLAN / "table-logits.txt").exists() and (out / PLAN / "table.txt").exists()
+    with pytest.raises(ConfigError, match="begun without full maps"):
+        Grouping(RunConfig.of(recipe="ew", **COMMON), Plan(2, (1, 3)), out, full_maps=True)
 
 
 def test_a_folder_is_of_one_training(undisturbed) -> None:
@@ -216,7 +272,7 @@ def test_other_ways_to_tell(tmp_path, monkeypatch, by, recipe) -> None:
 def test_ways_to_tell_that_cannot_be(tmp_path) -> None:
     with pytest.raises(ConfigError, match="recipe ew forms no inner products .* pcgrad"):
         grouping(tmp_path / "out", Plan(2, (1, 3), by="gradients"))
-    with pytest.raises(ConfigError, match="points needs data maps, not lookahead"):
+    with pytest.raises(ConfigError, match="the method points needs data maps; --by is lookahead"):
         grouping(tmp_path / "out", Plan(2, (1, 3), "points", by="lookahead"))
     with pytest.raises(ConfigError, match="stl trains tasks apart"):
         Grouping(RunConfig.of(recipe="stl", **COMMON), Plan(2, (1, 3)), tmp_path / "out")
@@ -229,17 +285,26 @@ def test_points_need_full_maps(undisturbed, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     (out / "maps").mkdir(parents=True)
     (out / "maps" / "recording.json").write_text('{"checkpoints": [1, 3], "full_maps": false}')
-    with pytest.raises(ConfigError, match="without full maps, which the method points needs"):
+    with pytest.raises(ConfigError, match="begun without full maps; choose another --out"):
         grouping(out, Plan(2, (1, 3), "points"))
 
 
-def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "gone", "another"])
+def test_a_damaged_checkpoint_is_named(undisturbed, tmp_path, damage) -> None:
     out = tmp_path / "out"
     shutil.copytree(undisturbed[0], out)
     path = out / "maps" / "checkpoint.ckpt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DamagedError, match=r"maps/checkpoint.ckpt cannot be read; remove"):
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        shutil.copy(out / PLAN / "specialist-1" / "checkpoint.ckpt", path)
+    with pytest.raises(EquipoiseError, match=r"/maps.*; remove i"):
         grouping(out).groups()
+    (out / "maps" / "recording.json").write_text("{}")
+    with pytest.raises(DamagedError, match=r"recording.json cannot be read"):
+        grouping(out)
 
 
 def test_impossible_plans(tmp_path) -> None:
@@ -295,13 +360,68 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     assert status() == 0
     said = capsys.readouterr().out
     assert "Silhouettes by the number of groups" in said and "1: " in said
-    (written,) = Path(out).glob("hard-*/memberships.json")
+    more = ("--train", "--no-stl", "--jobs", "2", "--groups", "2", "--combine", "logits")
+    assert status(*more) == 0  # two specialists in two processes
+    said = capsys.readouterr().out
+    table = json.loads(Path(out, "hard-2", "table-logits.json").read_text())
+    assert table["columns"] == ["stg-mtl", "mtl", "stg-mtl, training", "mtl, training"]
+    assert "specialists-logits.pt" in said and f"{table['rows'][-1][1]:.4f}" in said
+    with monkeypatch.context() as patch:
+        real = runs.train
+        patch.setattr(
+            runs, "train", lambda c, f, *_: 1 / 0 if f.name == "specialist-2" else real(c, f, *_)
+        )
+        assert status("--train", "--no-stl", "--groups", "3") == 1
+    assert "specialist 2: ZeroDivisionError" in capsys.readouterr().err
+    (written,) = Path(out).glob("hard-2/memberships.json")
     groups = Groups.from_json(written)
     assert set(groups.memberships.flatten().tolist()) == {0, 1}
     for wrong in (
         ("--method", "best"), ("--fuzziness", "1"), ("--combine", "votes"), ("--groups", "0"),
-        ("--by", "stars"), ("--by", "gradients"),
+        ("--by", "stars"), ("--by", "gradients"), ("--by", "lookahead", "--full-maps"),
+        ("--by", "lookahead", "--checkpoints", "1"), ("--data", "digits(", "--tasks", "g1"),
         ("--tasks", "g2"), ("--checkpoints", "9"),
     ):  # fmt: skip
         assert status(*wrong) == 2, wrong
     assert "no option 'tasks'" in capsys.readouterr().err
+
+
+def test_lookaheads_are_before_each_tenth_step(tmp_path, monkeypatch) -> None:
+    looks, real = [], LookaheadAffinity.update
+    monkeypatch.setattr(LookaheadAffinity, "update", lambda *args: looks.append(1) or real(*args))
+    config = RunConfig.of(recipe="ew", **COMMON | {"batch_size": 8, "epochs": 2})
+    with runs.seeded(config):
+        run = LookaheadRun(config)
+        run.train_epoch()  # 12 steps
+        run.train_epoch()
+    assert len(looks) == 4
+
+
+def test_pictures_say_what_they_show() -> None:
+    points = np.array([[0.9, 0.1], [0.4, 0.3], [0.0, 0.0]])
+    drawn = grouping_figures.data_map(points, "odd, 3 epochs").axes[0]
+    assert (drawn.get_xlabel(), drawn.get_ylabel()) == ("variability σ", "confidence μ")
+    hexagons = drawn.collections[0]
+    centres = hexagons.get_offsets()[hexagons.get_array() > 0]
+    np.testing.assert_allclose(sorted(map(tuple, centres)), [(0.1, 0.9), (0.3, 0.4)], atol=0.02)
+    names = ("a", "b", "c")
+    gram = torch.tensor([[0.0], [1.0], [9.0]]).double() @ torch.tensor([[0.0, 1.0, 9.0]]).double()
+    tree = grouping_figures.tree(gram, names).axes[0]
+    assert [text.get_text() for text in tree.get_yticklabels()] in (
+        ["a", "b", "c"],
+        ["c", "a", "b"],
+    )
+    found = grouping_figures.memberships(find_groups(gram, 2, tasks=names)).axes[0]
+    assert [text.get_text() for text in found.get_yticklabels()] == list(names)
+    shown = [float(text.get_text()) for text in found.texts]
+    wanted = find_groups(gram, 2, tasks=names).memberships.flatten()
+    np.testing.assert_allclose(shown, wanted, atol=0.006)
+
+
+def test_tasks_whose_names_are_alike_have_pictures_of_their_own(tmp_path) -> None:
+    maps = DataMaps(3, 4, [1], tasks=("a b", "a_b", "c"))
+    maps.update(torch.rand(4, 3), torch.arange(4))
+    maps.end_epoch()
+    grouping_figures.write(tmp_path, maps)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"map-a_b-1.svg", "map-a_b-2.svg", "map-c.svg", "tree.svg"}

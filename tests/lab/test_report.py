@@ -284,7 +284,7 @@ def test_different_settings_are_shown(comparison: Path, run: Path) -> None:
     [
         ("config.json", None, "holds no run: it has no config.json"),
         ("config.json", "{", "config.json cannot be read"),
-        ("config.json", "[]", "config.json is damaged: it is no object"),
+        ("config.json", "[]", "config.json cannot be read"),
         ("config.json", "{}", "config.json is damaged: it has no 'recipe'"),
         ("result.json", '{"recipe": "ew"', "result.json cannot be read"),
         ("result.json", "{}", "result.json is damaged: it has no 'best_epoch'"),

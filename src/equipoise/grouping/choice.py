@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equipoise.grouping.clustering import find_groups
-from equipoise.grouping.vectors import centred_gram
+from equipoise.grouping.vectors import centred_gram, first_equal
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,28 @@ def choose(gram: Any, numbers: Iterable[int] | None = None, **options: Any) -> C
 
     Args:
         gram: (T, T) inner products, or vectors (T, ...).
-        numbers: from 2 to T - 1; None: all of them, up to 10.
-        options: as in `find_groups`.
+        numbers: from 2 to T - 1; None: all of them, up to 10 and to the number of different tasks;
+            where all tasks are equal, 1.
+        options: as in `find_groups`, all but the method "points".
 
     Raises:
-        ValueError: fewer than three tasks, or a number out of its range.
+        ValueError: fewer than three tasks, a number out of its range, or the method "points".
     """
+    if options.get("method") == "points":
+        raise ValueError("method is 'points', which has no silhouettes; choose by 'kmeans'.")
     k = centred_gram(gram, options.pop("given", "auto"))
     most = len(k) - 1
-    numbers = range(2, min(most, 10) + 1) if numbers is None else tuple(numbers)
-    if not numbers or min(numbers) < 2 or max(numbers) > most:
+    if most < 2:
+        raise ValueError(f"{len(k)} tasks leave no choice; give three or more.")
+    wanted = () if numbers is None else tuple(numbers)
+    if numbers is None:
+        different = len(set(first_equal(k).tolist()))
+        wanted = tuple(range(min(2, different), min(most, different, 10) + 1))
+    elif not wanted or min(wanted) < 2 or max(wanted) > most:
         raise ValueError(
-            f"numbers is {list(numbers)}; {len(k)} tasks leave a choice of 2 to {most}."
+            f"numbers is {list(wanted)}; {len(k)} tasks leave a choice of 2 to {most}."
         )
-    found = {n: find_groups(k, n, given="gram", **options) for n in numbers}
+    found = {n: find_groups(k, n, given="gram", **options) for n in wanted}
     return Choice(
         {n: float(groups.silhouettes.mean()) for n, groups in found.items()},
         {n: groups.inertia for n, groups in found.items()},

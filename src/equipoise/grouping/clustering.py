@@ -15,7 +15,15 @@ from equipoise.grouping.groups import Groups
 from equipoise.grouping.kmeans import cmeans, kmeans, squared_distances
 from equipoise.grouping.points import shares_of_points
 from equipoise.grouping.silhouettes import silhouette_of
-from equipoise.grouping.vectors import ROUNDING, Array, Given, centred_gram, coordinates, pairwise
+from equipoise.grouping.vectors import (
+    ROUNDING,
+    Array,
+    Given,
+    centred_gram,
+    coordinates,
+    first_equal,
+    pairwise,
+)
 
 Method = Literal["kmeans", "hard", "cmeans", "points"]
 
@@ -140,7 +148,7 @@ def find_groups(
         labels, weights = shares.argmax(1), _mean_weights(shares)
         distances = _distances(gram, weights)
     else:
-        equal_to = (pairwise(gram) > 0).argmin(1)  # the first task with the same vector
+        equal_to = first_equal(gram)
         points = coordinates(gram)[equal_to]
         different = len(set(equal_to.tolist()))
         if n_groups > different:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ class DataMaps:
         tasks: Sequence[str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if n_tasks < 1 or n_samples < 1:
-            raise ValueError(f"n_tasks is {n_tasks}, n_samples {n_samples}; both must be positive.")
+        for name, value in (("n_tasks", n_tasks), ("n_samples", n_samples)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} is {value!r}; give a whole number from 1 on.")
         self.checkpoints = _checked(checkpoints)
         if ddof not in (0, 1):
             raise ValueError(f"ddof is {ddof}; give 0 or 1.")
@@ -225,6 +227,7 @@ class DataMaps:
         kept = self._full.kept
         return state | {
             "epoch": self.epoch,
+            "tasks": list(self.tasks),
             "checkpoints": list(self.checkpoints),
             "ddof": self.ddof,
             "kept": None if kept is None else torch.from_numpy(kept[:, : self.closed].copy()),
@@ -237,8 +240,10 @@ class DataMaps:
             EquipoiseError: the state is of other tasks, samples, checkpoints, or `ddof`; nothing
                 has changed then.
         """
-        for what, mine in (("checkpoints", list(self.checkpoints)), ("ddof", self.ddof)):
-            if state.get(what) != mine:
+        for what in ("tasks", "checkpoints", "ddof"):
+            mine = getattr(self, what)
+            mine = list(mine) if isinstance(mine, tuple) else mine
+            if state.get(what, mine) != mine:
                 raise EquipoiseError(f"the state has {what} {state.get(what)}, not {mine}.")
         for name in STATE:
             if state[name].shape != getattr(self, name).shape:
@@ -266,9 +271,9 @@ def _add(sums: tuple[Tensor, Tensor, Tensor], values: Tensor, known: Tensor) -> 
 
 
 def _checked(checkpoints: Sequence[int]) -> tuple[int, ...]:
-    found = () if isinstance(checkpoints, int | str) else tuple(checkpoints)
-    increasing = all(a < b for a, b in zip((0, *found), found, strict=False))
-    if not found or not increasing or any(int(c) != c for c in found):
+    found = tuple(checkpoints) if isinstance(checkpoints, Iterable) else ()
+    whole = all(isinstance(c, Integral) for c in found)
+    if not found or not whole or not all(a < b for a, b in zip((0, *found), found, strict=False)):
         raise ValueError(
             f"checkpoints is {checkpoints!r}; give increasing numbers of finished epochs, for "
             "example (5, 10, 20)."

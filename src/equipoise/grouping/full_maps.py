@@ -52,6 +52,7 @@ class FullMaps:
             return
         if checkpoint == 0:
             # Only the first may make the file anew; later ones would lose what is in it.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.partial, "w+", np.float32, self.shape).flush()
         elif not self.partial.exists() and self.path.exists():  # killed after it was completed
             os.replace(self.path, self.partial)
@@ -83,6 +84,8 @@ class FullMaps:
             EquipoiseError: the file of the maps is not there, or is of another shape.
         """
         if self.kept is not None and kept is not None:
+            if kept.shape != self.kept[:, :closed].shape:
+                raise EquipoiseError(f"the state has full maps {tuple(kept.shape)}.")
             self.kept[:, :closed] = kept.numpy()
         elif self.kept is not None and closed:
             raise EquipoiseError(
@@ -97,12 +100,15 @@ class FullMaps:
 
     def _open(self, file: Path, mode: Literal["r", "r+"]) -> np.memmap:
         if not file.exists():
-            raise EquipoiseError(f"there is no {file}, where the full maps of earlier epochs were.")
+            raise EquipoiseError(
+                f"there is no {file}, where the full maps of earlier epochs were; put it back, or "
+                "record the maps again from the start."
+            )
         try:
             found = np.lib.format.open_memmap(file, mode)
         except ValueError as error:  # numpy's word for a file that is cut short or none of its own
             raise EquipoiseError(
-                f"{file} is damaged ({error}); remove it and record the maps again."
+                f"{file} is damaged ({error}); record the maps again from the start."
             ) from error
         if found.shape != self.shape or found.dtype != np.float32:
             raise EquipoiseError(f"{file} holds maps of shape {found.shape}, not {self.shape}.")

@@ -87,6 +87,13 @@ class Groups:
             for name, tensor in tensors.items():
                 if tensor.shape != (fits := wanted.get(name, shape)):
                     raise ValueError(f"{name} is {tuple(tensor.shape)}, not {fits}")
+            if not all(isinstance(task, str) for task in fields["tasks"]) or isinstance(
+                fields["tasks"], str
+            ):
+                raise ValueError("tasks are no list of names")
+            labels = tensors["labels"]
+            if not bool(((labels >= 0) & (labels < shape[1])).all()):
+                raise ValueError(f"a label is no group: there are {shape[1]}")
             return cls(tasks, fields["method"], inertia=float(fields["inertia"]), **tensors)
         except (ValueError, KeyError, TypeError) as error:
             raise EquipoiseError(f"{path} holds no groups ({error}).") from error

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from equipoise.errors import EquipoiseError
 from equipoise.grouping.data_maps import DataMaps
-from equipoise.grouping.scores import Kind, true_class_probability
-from equipoise.labels import labelled
+from equipoise.grouping.scores import Kind, refuse_kind, true_class_probability
+from equipoise.labels import labelled, refuse_unknown
 from equipoise.ranks import Ranks
-from equipoise.replay import RandomState, devices_of, frozen_buffers
+from equipoise.replay import RandomState, devices_of, evaluating, frozen_buffers
 from equipoise.trunk import SharedTrunk
 
 
@@ -36,7 +36,8 @@ class Recorder:
         scales: as in `true_class_probability`.
 
     Raises:
-        ValueError: the maps are for another number of tasks.
+        ValueError: the maps are for another number of tasks, or name them otherwise.
+        TaskError: an unknown kind, or a kind or scale of a task that is not there.
 
     Example:
         >>> record = Recorder(model, maps)
@@ -55,6 +56,12 @@ class Recorder:
     ) -> None:
         if maps.n_tasks != len(model.tasks):
             raise ValueError(f"maps for {maps.n_tasks} tasks, a model with {len(model.tasks)}.")
+        if isinstance(maps.tasks[0], str) and maps.tasks != model.tasks:
+            raise ValueError(f"maps of tasks {maps.tasks}, a model with {model.tasks}.")
+        refuse_unknown({"kind": kinds, "scale": scales}, model.tasks)
+        given = {"all": kinds} if isinstance(kinds, str) else kinds or {}
+        for task, kind in given.items():
+            refuse_kind(task, kind)
         self.model, self.maps = model, maps
         self.kinds, self.scales = kinds, scales
         self.ranks = Ranks()
@@ -77,6 +84,7 @@ class Recorder:
             EquipoiseError: no head was called, though there are labels.
             TaskError, ValueError: what `true_class_probability` or `DataMaps.update` refuses.
         """
+        refuse_unknown({"target": targets, "mask": masks}, self.model.tasks)
         outputs: dict[str, Tensor] = {}
 
         def listen(task: str) -> Any:
@@ -134,22 +142,24 @@ class Recorder:
         Args:
             batches: triples (inputs, targets by task name, indices).
         """
-        modes = {module: module.training for module in self.model.modules()}
         random = RandomState(devices_of(self.model))
         device = next(iter(self.model.parameters())).device
         nothing = torch.zeros(0, self.maps.n_tasks), torch.zeros(0, dtype=torch.int64)
         seen = [nothing]
-        self.model.eval()
         try:
-            with self.ranks.agreeing(), torch.no_grad(), frozen_buffers(self.model):
+            with (
+                self.ranks.agreeing(),
+                torch.no_grad(),
+                evaluating(self.model),
+                frozen_buffers(self.model),
+            ):
                 for batch in batches:
                     inputs, targets, index = pytree.tree_map(
                         lambda x: x.to(device) if isinstance(x, Tensor) else x, tuple(batch)
                     )
+                    refuse_unknown({"target": targets}, self.model.tasks)
                     scores = self._scores(self.model(inputs), targets, index)
                     seen.append((scores.cpu(), torch.as_tensor(index).cpu()))
         finally:
             random.restore()
-            for module, mode in modes.items():
-                module.training = mode
         self._count(*(torch.cat(parts) for parts in zip(*seen, strict=True)))

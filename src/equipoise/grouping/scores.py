@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from equipoise.errors import TaskError
-from equipoise.labels import labelled
+from equipoise.errors import NonFiniteError, TaskError
+from equipoise.labels import labelled, refuse_unknown
 
 Kind = Literal["binary", "classification", "regression"]
 KINDS = ("binary", "classification", "regression")
+NAN = "the output is NaN where there is a label; has the training diverged?"
 
 
 def true_class_probability(
@@ -57,19 +58,22 @@ def true_class_probability(
         in the shape of the samples: (B, T) for binary logits (B, T), else (B,).
 
     Raises:
-        TaskError: a binary target that is neither 0 nor 1, shapes that do not go together, an
-            unknown kind.
+        TaskError: a binary target that is neither 0 nor 1, a class that is no whole number, an
+            output that is NaN where there is a label, shapes that do not go together, an unknown
+            kind, a kind, scale or mask of a task that is not there.
 
     Cost: a few operations for all binary tasks together, a few for each other task; no gradients.
     """
     with torch.no_grad():
         if isinstance(outputs, Tensor):
-            kind = _kind("all", outputs, targets, kinds if isinstance(kinds, str) else None)
+            if isinstance(kinds, Mapping) or isinstance(scales, Mapping):
+                raise TaskError("all", "one tensor has one kind and one scale, not some by name.")
+            kind = _kind("all", outputs, targets, kinds)
             if kind == "binary" and outputs.shape == targets.shape:
                 return _binary(outputs, targets, ["all"])
-            scale = scales if isinstance(scales, int | float) else None
-            return _score("all", kind, outputs, targets, scale)
+            return _score("all", kind, outputs, targets, scales)
         names = tuple(outputs) if tasks is None else tuple(tasks)
+        refuse_unknown({"kind": kinds, "scale": scales, "mask": masks}, names)
         columns: dict[str, Tensor] = {}
         together: list[str] = []
         for task in names:
@@ -98,9 +102,14 @@ def _kind(task: str, output: Tensor, target: Tensor, kind: str | None) -> str:
         return "classification" if whole and output.dim() == target.dim() + 1 and (
             output.dim() > 1 and output.shape[1] > 1
         ) else "binary"  # fmt: skip
+    refuse_kind(task, kind)
+    return kind
+
+
+def refuse_kind(task: str, kind: Any) -> None:
+    """A kind must be one of KINDS, or TaskError."""
     if kind not in KINDS:
         raise TaskError(task, f"kind is {kind!r}; give one of {', '.join(map(repr, KINDS))}.")
-    return kind
 
 
 def _together(tasks: list[str], outputs: Any, targets: Any) -> dict[str, Tensor]:
@@ -116,10 +125,12 @@ def _together(tasks: list[str], outputs: Any, targets: Any) -> dict[str, Tensor]
 def _binary(logits: Tensor, labels: Tensor, tasks: list[str]) -> Tensor:
     # sigmoid((2y - 1) o): opposite labels and logits then have the same score to the last bit.
     sign = 2 * labels.to(torch.float32) - 1
-    wrong = (sign.abs() != 1) & ~sign.isnan()
+    wrong = ((sign.abs() != 1) | logits.isnan()) & ~sign.isnan()
     if bool(wrong.any()):
         column = int(wrong.nonzero()[0][-1]) if len(tasks) > 1 else 0
         value = float((sign[wrong][0] + 1) / 2)
+        if value in (0, 1):
+            raise NonFiniteError(tasks[column], NAN)
         raise TaskError(
             tasks[column],
             f"target {value:g} is neither 0 nor 1, as a binary task has it; say "
@@ -133,8 +144,13 @@ def _score(task: str, kind: str, output: Tensor, target: Tensor, scale: float | 
     target = target.to(output.device)
     if kind == "classification":
         fits = output.dim() > 1 and output.shape[:1] + output.shape[2:] == target.shape
-        if not fits or target.is_floating_point():
+        if not fits:
             raise _misfit(task, output, target)
+        if target.is_floating_point():  # for the sake of NaN, where there is no label
+            whole = target.nan_to_num(nan=-1.0)
+            if bool((whole != whole.round()).any()):
+                raise _misfit(task, output, target)
+            target = whole.long()
         known = target >= 0
         if bool((target >= output.shape[1]).any()):
             raise TaskError(
@@ -145,7 +161,7 @@ def _score(task: str, kind: str, output: Tensor, target: Tensor, scale: float | 
     else:
         if output.numel() != target.numel() or len(output) != len(target):
             raise _misfit(task, output, target)
-        output, target = output.reshape(len(output), -1), target.reshape(len(output), -1)
+        output, target = _flat(output), _flat(target)
         known = ~target.isnan() if target.is_floating_point() else torch.ones_like(target).bool()
         if kind == "binary":
             score = _binary(output, target, [task])
@@ -155,8 +171,15 @@ def _score(task: str, kind: str, output: Tensor, target: Tensor, scale: float | 
                 raise TaskError(task, f"scale is {scale}; give a standard deviation above 0.")
             residual = (target - output).to(torch.float32).abs() / (scale * math.sqrt(2))
             score = torch.erfc(residual)
-    score, known = score.reshape(len(output), -1), known.reshape(len(output), -1)
+    if bool((score.isnan() & known).any()):
+        raise NonFiniteError(task, NAN)
+    score, known = _flat(score), _flat(known)
     return torch.where(known, score, 0.0).sum(1) / known.sum(1)  # 0 / 0: no label at all
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, positions), also of an empty batch."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _misfit(task: str, output: Tensor, target: Tensor) -> TaskError:

@@ -16,6 +16,7 @@ from equipoise.errors import EquipoiseError, TaskError
 from equipoise.grouping.groups import Groups
 from equipoise.grouping.scores import KINDS, Kind
 from equipoise.recipe import Recipe
+from equipoise.replay import evaluating
 from equipoise.step import Step
 from equipoise.trunk import SharedTrunk
 
@@ -39,7 +40,7 @@ class Specialists(nn.Module):
             regression are summed either way.
 
     Raises:
-        ValueError: not a network for each group, other tasks, rows that do not sum to 1.
+        ValueError: not a network of its own for each group, other tasks, rows that do not sum to 1.
 
     Called, it gives for each task what a head would give: logits, whose sigmoid or softmax is the
     ensemble's probability, so all that measures a SharedTrunk's outputs measures these.
@@ -64,6 +65,8 @@ class Specialists(nn.Module):
             raise ValueError(
                 f"memberships are {tuple(w.shape)} for {len(models)} models; give (T, models)."
             )
+        if len(set(map(id, models))) < len(models):
+            raise ValueError("the models are one and the same; make a network for each group.")
         if any(model.tasks != models[0].tasks for model in models):
             raise ValueError("the models have different tasks, or in another order.")
         if not bool((w >= 0).all()) or float((w.sum(1) - 1).abs().max()) > 1e-6:
@@ -164,12 +167,8 @@ class Specialists(nn.Module):
     @torch.no_grad()
     def probabilities(self, inputs: Any) -> dict[str, Tensor]:
         """Task name -> probability of yes, or of each class; a regression's estimate as it is."""
-        was = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             outputs = self(inputs)
-        finally:
-            self.train(was)
         return {task: self._probability(task, output) for task, output in outputs.items()}
 
     def _probability(self, task: str, output: Tensor) -> Tensor:
@@ -209,7 +208,12 @@ class Specialists(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         """Restore them from `state_dict`."""
-        self.memberships = state["memberships"].cpu()
+        w = state["memberships"].cpu()
+        if w.shape != self.memberships.shape:
+            raise EquipoiseError(
+                f"the state has memberships {tuple(w.shape)}, not {tuple(self.memberships.shape)}."
+            )
+        self.memberships = w
 
     def save(self, path: str | Path) -> None:
         """Write networks, memberships and all that prediction needs to one file, in one go."""
@@ -240,22 +244,22 @@ class Specialists(nn.Module):
         Raises:
             EquipoiseError: the file holds no specialists, or those of other networks.
         """
+        device = torch.device(device)
         try:
-            content = torch.load(path, map_location=device, weights_only=True)
-            w = content["state"]["_extra_state"]["memberships"]
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            w, tasks = content["state"]["_extra_state"]["memberships"], content["tasks"]
             if content["format"] != FORMAT:
                 raise EquipoiseError(f"{path} has the format {content['format']}, not {FORMAT}.")
-            found = cls(
-                [make_model().to(device) for _ in range(w.shape[1])],
-                w,
-                content["kinds"],
-                content["combine"],
-            )
-            if list(found.tasks) != content["tasks"]:
-                raise EquipoiseError(f"{path} has tasks {content['tasks']}, not {found.tasks}.")
-            found.load_state_dict(content["state"])
         except (EquipoiseError, FileNotFoundError, IsADirectoryError, PermissionError):
             raise
         except Exception as error:  # whatever torch makes of a file that is none of ours
-            raise EquipoiseError(f"{path} does not hold such specialists: {error}") from error
-        return found
+            raise EquipoiseError(f"{path} holds no specialists, or is damaged.") from error
+        models = [make_model() for _ in range(w.shape[1])]
+        if list(models[0].tasks) != tasks:
+            raise EquipoiseError(f"{path} has tasks {tasks}, not {list(models[0].tasks)}.")
+        found = cls(models, w, content["kinds"], content["combine"])
+        try:
+            found.load_state_dict(content["state"])
+        except RuntimeError as error:
+            raise EquipoiseError(f"{path} holds other networks than make_model's.") from error
+        return found.to(device)

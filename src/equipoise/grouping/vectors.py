@@ -30,7 +30,7 @@ def centred_gram(given: Any, what: Given = "auto") -> Array:
             inner products that is not symmetric.
     """
     if what not in ("auto", "gram", "vectors"):
-        raise ValueError(f"what is {what!r}; give 'auto', 'gram' or 'vectors'.")
+        raise ValueError(f"given is {what!r}; give 'auto', 'gram' or 'vectors'.")
     x = _array(given)
     if x.ndim < 2 or not x.size:
         raise EquipoiseError(f"tasks have shape {x.shape}; give (T, T) or vectors (T, ...).")
@@ -91,7 +91,12 @@ def pairwise(gram: Array) -> Array:
     return np.sqrt(np.where(squared > rounding, squared, 0.0))
 
 
-def affinity_gram(affinity: Any) -> Tensor:
+def first_equal(gram: Array) -> Array:
+    """(T,) for each task the first one with the same vector, itself if there is none before."""
+    return (pairwise(gram) > 0).argmin(1)
+
+
+def affinity_gram(affinity: Any, *, diagonal: bool = True) -> Tensor:
     """Inner products of task vectors that are the nearer, the higher the tasks' affinity is.
 
     Distances are d_ij^2 = 2 (a - S_ij), S = (A + A^T) / 2, with a its largest entry: for cosines
@@ -101,7 +106,10 @@ def affinity_gram(affinity: Any) -> Tensor:
     embedding; Roth et al., IEEE PAMI 2003).
 
     Args:
-        affinity: (T, T), not necessarily symmetric; of the diagonal only the largest entry counts.
+        affinity: (T, T), not necessarily symmetric.
+        diagonal: True: a may be an entry of the diagonal, as it is for cosines, which say with 1
+            where the distance is 0. False: only of the others, for lookahead affinities: how much
+            a task helps itself would put all tasks at nearly the same distance from each other.
 
     Returns:
         (T, T) float64, for `cluster`, `silhouette` and the others.
@@ -110,10 +118,14 @@ def affinity_gram(affinity: Any) -> Tensor:
         EquipoiseError: not a square matrix, or an entry that is not finite.
     """
     a = _array(affinity).astype(float)
-    if a.ndim != 2 or a.shape[0] != a.shape[1] or not np.isfinite(a).all():
-        raise EquipoiseError(f"affinities must be finite and (T, T), not {a.shape}.")
+    if a.ndim != 2 or a.shape[0] != a.shape[1]:
+        raise EquipoiseError(f"affinities are {a.shape}; give (T, T).")
+    if not np.isfinite(a).all():
+        i, j = np.argwhere(~np.isfinite(a))[0]
+        raise EquipoiseError(f"the affinity [{i}, {j}] is {a[i, j]}; affinities must be finite.")
     s = (a + a.T) / 2
-    np.fill_diagonal(s, s.max())
+    beside = ~np.eye(len(s), dtype=bool)
+    np.fill_diagonal(s, s.max() if diagonal or len(s) == 1 else s[beside].max())
     s = s - s.mean(0) - s.mean(1, keepdims=True) + s.mean()
     lowest = np.linalg.eigvalsh(s)[0]
     if lowest < 0:

@@ -43,24 +43,25 @@ def read_json(path: str | Path) -> Any:
     """What `write_json` wrote.
 
     Raises:
-        DamagedError: the file holds no JSON; names it.
+        DamagedError: the file holds no JSON object; names it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedError(path) from error
+    if not isinstance(found, dict):
+        raise DamagedError(path)
+    return found
 
 
 def read_state(path: str | Path) -> Any:
     """What `torch.save` wrote, on the CPU; nothing in it is executed.
 
     Raises:
-        DamagedError: the file holds nothing of the kind; names it.
+        DamagedError: the file is not there, or holds nothing of the kind; names it.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise DamagedError(path) from error
 

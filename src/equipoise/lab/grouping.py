@@ -6,6 +6,9 @@ finished is read, not repeated, so the command goes on wherever it was killed.
     maps/       the training that records them, which is also the MTL baseline; pictures of them
     stl/        the single tasks
     kmeans-3/   one for each plan: memberships, specialist-1/ ..., the table
+
+What else can tell the groups has folders of its own: stl-maps/ (which takes the place of stl/, and
+mtl/ that of maps/), gradients/ or lookahead/, and stl-maps-kmeans-3/ and so on.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
+
 from equipoise.errors import EquipoiseError
 from equipoise.grouping import Choice, DataMaps, Groups, Specialists, choose, find_groups
 from equipoise.lab import grouping_figures, networks, runs
@@ -26,7 +31,7 @@ from equipoise.lab.comparison import Failure, Job, in_processes, one_by_one, sum
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.data import Data
 from equipoise.lab.evaluation import Values, evaluate
-from equipoise.lab.files import read_json, write_json, write_text
+from equipoise.lab.files import DamagedError, read_json, write_json, write_text
 from equipoise.lab.grouping_runs import GradientsRun, LookaheadRun, MapsRun, Telling, kinds
 from equipoise.lab.progress import Display, Throttle
 from equipoise.recipe import Recipe
@@ -77,18 +82,20 @@ class Grouping:
             specialists and single tasks are trained under the same one.
         plan: of the grouping.
         out: the folder.
-        full_maps: whether to keep the maps of all checkpoints in the file maps/maps.npy; the method
-            "points" needs them.
+        full_maps: whether to keep the maps of all checkpoints in a file, maps.npy beside them; the
+            method "points" needs them.
+        singles: whether single tasks are trained for the table.
 
     Raises:
-        ConfigError: `out` was begun with another configuration or other checkpoints, or the plan
-            is impossible.
+        ConfigError: `out` was begun with another configuration, with other checkpoints or without
+            the full maps that are wanted now, or the plan is impossible.
     """
 
     config: RunConfig
     plan: Plan
     out: Path
     full_maps: bool = False
+    singles: bool = True
     source: Telling = field(init=False)
     data: Data = field(init=False)
 
@@ -106,19 +113,14 @@ class Grouping:
                 f"the last checkpoint is after epoch {last}; give --checkpoints from 1 to "
                 f"{self.config.epochs}, or more --epochs."
             )
-        if self.plan.method == "points" and not self._of_maps:
-            raise ConfigError(f"the method points needs data maps, not {self.plan.by}.")
+        for what in ["the method points"] * (self.plan.method == "points") + (
+            ["--full-maps"] * self.full_maps
+        ):
+            if not self._of_maps:
+                raise ConfigError(f"{what} needs data maps; --by is {self.plan.by}.")
         for job in (self.telling, *self.baselines.values()):
             runs.refuse_another_run(job.config, job.folder)
-        self.full_maps |= self.plan.method == "points"
-        if self._begun.exists():
-            there, mine = read_json(self._begun), list(self.plan.checkpoints)
-            self.full_maps = there["full_maps"]
-            if there["checkpoints"] != mine:
-                raise ConfigError(
-                    f"{self.out} was begun with checkpoints {there['checkpoints']}, not {mine}; "
-                    "choose another --out, or remove that folder."
-                )
+        self._go_on()
         try:
             with runs.seeded(self.config):
                 run = self._make(self.telling.config)
@@ -133,10 +135,30 @@ class Grouping:
             try:
                 self._maps.maps()
             except EquipoiseError as error:
-                raise ConfigError(
-                    f"{self.out} was begun without full maps, which the method points needs; "
-                    "choose another --out, or remove that folder."
-                ) from error
+                raise ConfigError(self._without_full_maps) from error
+
+    def _go_on(self) -> None:
+        """Agree with how the recording in the folder was begun, if it was."""
+        asked, self.full_maps = self.full_maps, self.full_maps or self.plan.method == "points"
+        if not self._begun.exists():
+            return
+        there, mine = read_json(self._begun), list(self.plan.checkpoints)
+        if not there.keys() >= {"checkpoints", "full_maps"}:
+            raise DamagedError(self._begun)
+        if there["checkpoints"] != mine:
+            raise ConfigError(
+                f"{self.out} was begun with checkpoints {there['checkpoints']}, not {mine}; "
+                "choose another --out, or remove that folder."
+            )
+        self.full_maps = there["full_maps"]
+        if asked and not self.full_maps:
+            raise ConfigError(self._without_full_maps)
+
+    @property
+    def _without_full_maps(self) -> str:
+        return (
+            f"{self.out} was begun without full maps; choose another --out, or remove that folder."
+        )
 
     # ------------------------------------------------------------------ groups
 
@@ -172,7 +194,14 @@ class Grouping:
             with Display(self.config.epochs, 1) as display:
                 told = Throttle(lambda *seen: display.update(self.telling.name, *seen))
                 runs.train(self.telling.config, folder, told, self._make)
-        self.source.resume(folder)
+        if not (folder / "checkpoint.ckpt").exists():
+            raise DamagedError(folder / "checkpoint.ckpt")
+        try:
+            self.source.resume(folder)
+        except DamagedError:
+            raise
+        except EquipoiseError as error:  # another run's checkpoint, or no file of the full maps
+            raise EquipoiseError(f"{folder} cannot be gone on with; remove it. {error}") from error
         self.source.show(folder)
 
     def _make(self, config: RunConfig) -> Any:
@@ -206,7 +235,8 @@ class Grouping:
         told = self.telling
         if self.plan.by == "stl-maps":
             return {"mtl": Named("mtl", self.config, self.out / "mtl"), "stl": told}
-        return {"mtl": told, "stl": Named("stl", self._like("stl"), self.out / "stl")}
+        single = {"stl": Named("stl", self._like("stl"), self.out / "stl")}
+        return {"mtl": told} | (single if self.singles else {})
 
     def folder(self, groups: Groups) -> Path:
         """Where the plan is carried out: all that depends on the groups."""
@@ -253,18 +283,20 @@ class Grouping:
         return ensemble
 
     def table(self, groups: Groups) -> str:
-        """Measure the ensemble on the test split, write the table of all methods, return it."""
-        ensemble = self.together(groups).to(self.config.device)
+        """Measure ensemble and baselines on test and training split; write the table, return it."""
+        models: dict[str, torch.nn.Module] = {"stg-mtl": self.together(groups)}
+        for name, job in self.baselines.items():
+            models[name] = networks.selected(job.config, self.data, job.folder)
         with runs.seeded(self.config):
             run = runs.Run(self.config, self.data)
-            batches = run.batches(self.data.test, shuffle_seed=None)
-            _, values = evaluate(cast(Any, ensemble), self.data.tasks, batches, run.fabric.autocast)
-        columns = {"stg-mtl": values}
-        for name, job in self.baselines.items():
-            result = runs.finished(job.folder)
-            assert result is not None
-            columns[name] = result["test"]
-        return self._written(columns, partial(self.file, groups, "table"))
+            found = {}
+            for part in ("test", "train"):
+                batches = run.batches(getattr(self.data, part), shuffle_seed=None)
+                for name, model in models.items():
+                    here = cast(Any, model.to(self.config.device))
+                    _, values = evaluate(here, self.data.tasks, batches, run.fabric.autocast)
+                    found[name if part == "test" else f"{name}, training"] = values
+        return self._written(found, partial(self.file, groups, "table"))
 
     def file(self, groups: Groups, stem: str, ending: str) -> Path:
         """Of what the specialists say together."""
@@ -288,8 +320,12 @@ class Grouping:
         csv.writer(text, lineterminator="\n").writerows([head, *rows])
         write_text(path("csv"), text.getvalue())
         cells = [head, *([row[0], *(f"{value:.4f}" for value in row[1:])] for row in rows)]
-        width = max(len(row[0]) for row in cells)
-        lines = [row[0].ljust(width) + "".join(f"{c:>10}" for c in row[1:]) for row in cells]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            row[0].ljust(widths[0])
+            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in cells
+        ]
         written = "\n".join(lines)
         write_text(path("txt"), written + "\n")
         return written

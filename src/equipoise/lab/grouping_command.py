@@ -18,7 +18,7 @@ def group(
         str, typer.Option("--data", help="Data set, with options: 'cifar10(tasks=g2)'; see list.")
     ] = "digits-attributes",
     tasks: Annotated[
-        str | None, typer.Option(help="Short for the option `tasks` of the data set: g1, g2.")
+        str | None, typer.Option(help="Short for the option `tasks` of cifar10: g1, g2.")
     ] = None,
     data_root: Annotated[
         str | None, typer.Option(help="Folder with the files of the data set.")
@@ -38,8 +38,12 @@ def group(
     train: Annotated[
         bool, typer.Option("--train", help="Train specialists and single tasks; print the table.")
     ] = False,
+    singles: Annotated[
+        bool, typer.Option("--stl/--no-stl", help="Whether the table has single tasks.")
+    ] = True,
     full_maps: Annotated[
-        bool, typer.Option("--full-maps", help="Keep all checkpoints' maps in maps/maps.npy.")
+        bool,
+        typer.Option("--full-maps", help="Keep all checkpoints' maps in maps.npy beside them."),
     ] = False,
     combine: Annotated[
         str, typer.Option(help="What specialists sum up: probabilities or logits.")
@@ -56,7 +60,7 @@ def group(
     jobs: Annotated[int, typer.Option(min=1, help="Networks trained side by side.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/group-DATA.")] = None,
 ) -> int:
-    """Find out in one training which tasks belong together; with --train, train their specialists.
+    """Find out which tasks belong together; with --train, train their specialists.
 
     Given again, the command makes what is missing: finished networks are kept, others go on.
     """
@@ -65,7 +69,10 @@ def group(
     from equipoise.lab.grouping import Grouping, Plan, evenly
 
     if tasks is not None:
-        name, options = call.read(data)
+        try:
+            name, options = call.read(data)
+        except ValueError as error:
+            raise ConfigError(f"data {data!r}: {error}") from error
         data = call.show(name, {**options, "tasks": tasks})
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
@@ -81,10 +88,12 @@ def group(
             raise ConfigError(f"{name} is {value!r}; give {', '.join(known)}.")
     if not fuzziness > 1:
         raise ConfigError(f"fuzziness is {fuzziness}; it must be above 1.")
+    if checkpoints is not None and by not in ("maps", "stl-maps"):
+        raise ConfigError(f"--checkpoints are of data maps; --by is {by}.")
     plan = Plan(groups, read(checkpoints) or evenly(epochs), method, fuzziness, combine,
                 cast(Any, by))  # fmt: skip
     folder = out or Path("runs", f"group-{file_name(config.data)}")
-    grouping = Grouping(config, plan, folder, full_maps)
+    grouping = Grouping(config, plan, folder, full_maps, singles)
     writable(folder)
     found, choice = grouping.groups()
     if choice is not None:

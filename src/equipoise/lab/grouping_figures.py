@@ -22,24 +22,26 @@ def write(folder: Path, maps: DataMaps) -> None:
     """Write the pictures of the maps as SVG: map-TASK, tree; those that are there stay."""
     folder.mkdir(exist_ok=True)
     tasks = tuple(map(str, maps.tasks))
-    for task, points in zip(tasks, maps.current().numpy(), strict=True):
-        path = folder / f"map-{re.sub(r'[^A-Za-z0-9.-]', '_', task)}.svg"
+    plain = [re.sub(r"[^A-Za-z0-9.-]", "_", task) for task in tasks]
+    for i, points in enumerate(maps.current().numpy()):
+        number = f"-{i + 1}" if plain.count(plain[i]) > 1 else ""
+        path = folder / f"map-{plain[i]}{number}.svg"
         if not path.exists():
-            save(data_map(points, task), path)
+            save(data_map(points, f"{tasks[i]}, {maps.epoch} epochs"), path)
     path = folder / "tree.svg"
     if len(tasks) > 1 and not path.exists():
         save(tree(maps.gram(), tasks), path)
 
 
-def data_map(points: np.ndarray, task: str) -> Figure:
+def data_map(points: np.ndarray, title: str) -> Figure:
     """Where the samples of a task lie: confidence up, variability to the right, by their number.
 
     Args:
         points: (N, 2) mean and deviation of the probability of the true class; (0, 0) is left out.
-        task: its name.
+        title: of the picture.
     """
     seen = points[(points != 0).any(1)]
-    with canvas(task) as (figure, axes):
+    with canvas(title) as (figure, axes):
         drawn = axes.hexbin(
             seen[:, 1], seen[:, 0], gridsize=36, extent=(0, 0.5, 0, 1), mincnt=1, bins="log",
             cmap="viridis_r", linewidths=0.1,

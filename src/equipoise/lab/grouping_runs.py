@@ -18,13 +18,12 @@ from equipoise.grouping import (
     Recorder,
     affinity_gram,
 )
+from equipoise.grouping.scores import KINDS
 from equipoise.lab import grouping_figures, runs
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.data import Data, loader
 from equipoise.lab.files import write_text
 from equipoise.step import StepReport
-
-KINDS = ("binary", "classification", "regression")
 
 EVERY = 10
 """Batches from one lookahead to the next: with as many, TAG loses little (arXiv 2109.04617)."""
@@ -111,9 +110,12 @@ class AffinityRun(runs.Run):
         """The affinities as they were."""
         self.affinity.load_state_dict(state["affinity"])
 
+    to_itself = True
+    """Whether it counts how much a task helps itself."""
+
     def gram(self) -> Tensor:
         """Of vectors that are the nearer, the higher the affinity is."""
-        return affinity_gram(self.affinity.matrix())
+        return affinity_gram(self.affinity.matrix(), diagonal=self.to_itself)
 
     def show(self, folder: Path) -> None:
         """The affinities as a table and a picture, and the tree of the tasks."""
@@ -158,7 +160,9 @@ class GradientsRun(AffinityRun):
 
 
 class LookaheadRun(AffinityRun):
-    """TAG's lookaheads, before each tenth step."""
+    """TAG's lookaheads, before the first step of each epoch and each tenth after it."""
+
+    to_itself = False
 
     def __init__(self, config: RunConfig, data: Data | None = None) -> None:
         super().__init__(config, data)

@@ -22,7 +22,14 @@ from equipoise.lab.config import RunConfig, environment, refuse_difference
 from equipoise.lab.data import Data, Split, loader
 from equipoise.lab.data.base import Batch
 from equipoise.lab.evaluation import Values, conflict, evaluate, improvement, mean_conflict
-from equipoise.lab.files import read_json, read_state, replacing, write_json, write_rows
+from equipoise.lab.files import (
+    DamagedError,
+    read_json,
+    read_state,
+    replacing,
+    write_json,
+    write_rows,
+)
 from equipoise.lab.results import Result, described, upgraded
 from equipoise.lab.schedules import Schedule
 from equipoise.recipe import Recipe
@@ -256,10 +263,13 @@ class Run:
         path = folder / "checkpoint.ckpt"
         if path.exists():
             state = read_state(path)
-            self.step.load_state_dict(state["step"])
-            self.schedule.load_state_dict(state.get("schedule", {}))
-            self.rows, self.best = state["rows"], state["best"]
-            self.take(state)
+            try:
+                self.step.load_state_dict(state["step"])
+                self.schedule.load_state_dict(state.get("schedule", {}))
+                self.rows, self.best = state["rows"], state["best"]
+                self.take(state)
+            except (KeyError, TypeError) as error:  # of another kind of run
+                raise DamagedError(path) from error
 
     def result(self) -> Result:
         """Measure the best networks on the test split; for the first and only time."""
