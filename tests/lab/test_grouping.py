@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from equipoise.grouping import (
 from equipoise.lab import cli, grouping_figures, models, runs
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.data import loader
+from equipoise.lab.data.base import Baseline
 from equipoise.lab.evaluation import evaluate
 from equipoise.lab.files import DamagedError, read_state
 from equipoise.lab.grouping import Grouping, Plan, evenly
@@ -343,6 +345,9 @@ def test_a_specialist_is_selected_by_the_tasks_it_is_for() -> None:
     values = {t.name: {m.name: 0.5 for m in t.measures} for t in run.data.tasks}
     values["large"] = {"accuracy": 0.9}  # plays no part
     slant = next(t for t in run.data.tasks if t.name == "slant").score(values["slant"])
+    assert run.judge(values, run.model.tasks) == pytest.approx((0.5 + 3 * slant) / 4)
+    numbers = {task.name: {m.name: 1.0 for m in task.measures} for task in run.data.tasks}
+    run.data = replace(run.data, baseline=Baseline("somewhere", numbers))
     assert run.judge(values, run.model.tasks) == pytest.approx((0.5 + 3 * slant) / 4)
 
 

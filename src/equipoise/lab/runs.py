@@ -204,16 +204,16 @@ class Run:
     def judgements(self, values: Values, names: Sequence[str]) -> dict[str, float]:
         """What validation says of some tasks together, as numbers that are higher when better.
 
-        The mean of their scores, for a specialist by its weights; and Delta_m in percent, where
-        the data set has published single-task numbers, by which the protocols that have such
-        numbers select.
+        The mean of their scores, for a specialist by its weights; and else Delta_m in percent,
+        where the data set has published single-task numbers, by which the protocols that have
+        such numbers select.
         """
         shares = self.config.task_weights or [1.0] * len(self.data.tasks)
         taken = {t.name: w for t, w in zip(self.data.tasks, shares, strict=True) if w}
         tasks = [task for task in self.data.tasks if task.name in names and task.name in taken]
         weights = [taken[task.name] for task in tasks]
         found = {"score": mean([task.score(values[task.name]) for task in tasks], weights)}
-        if self.data.baseline is not None:
+        if self.data.baseline is not None and self.config.task_weights is None:
             found["delta_m"] = improvement(tasks, values, self.data.baseline)
         return found
 
