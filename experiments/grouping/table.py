@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ CLASSES = 10
 KINDS = [int(i in VEHICLES) for i in range(CLASSES)]
 COMPARED = "without random"
 """The mean by which methods are compared."""
+
+TRAINING = "training, without random"
+MEANS = ("mean", COMPARED, TRAINING)
+METHODS = ("MTL", "STL", *(f"{n} groups, {name}" for n in NUMBERS for name in ("soft", "hard")))
 
 MOST = 10
 """The largest number of groups that is tried where a task may stand alone."""
@@ -56,27 +61,36 @@ class Seed:
         return read_state(self.folder / "maps" / "checkpoint.ckpt")["maps"]["kept"].numpy()
 
     def f1(self) -> Iterator[tuple[str, Row]]:
-        """Method -> F1 on test of each task, and their mean."""
-        for folder in ("maps", "stl"):
-            path = self.folder / folder / "result.json"
-            if path.exists():
-                test = read_json(path)["test"]
-                yield (
-                    {"maps": "MTL", "stl": "STL"}[folder],
-                    _row({task: measures["f1"] for task, measures in test.items()}),
-                )
+        """Method -> F1 on test of each task, and means on test and on the training split."""
         for method, name in (("kmeans", "soft"), ("hard", "hard")):
             for n in NUMBERS:
                 path = self.folder / f"{method}-{n}" / "table.json"
                 if path.exists():
-                    rows = read_json(path)["rows"][:-1]  # the last is the mean
-                    yield f"{n} groups, {name}", _row({r[0].partition(":")[0]: r[1] for r in rows})
+                    columns = read_json(path)
+                    yield f"{n} groups, {name}", _row(columns, "stg-mtl")
+                    yield "MTL", _row(columns, "mtl")
+                    yield "STL", _row(columns, "stl")
+        if not list(self.folder.glob("*/table.json")):
+            test = read_json(self.folder / "maps" / "result.json")["test"]
+            f1 = {task: measures["f1"] for task, measures in test.items()}
+            yield "MTL", {"mean": mean(f1.values()), COMPARED: _without(f1), **f1}
 
 
-def _row(f1: Row) -> Row:
-    """With the mean, and that without random, which a guess at yes answers with 0.67."""
-    known = [value for task, value in f1.items() if task != "random"]
-    return {"mean": mean(f1.values()), "without random": mean(known), **f1}
+def _row(of_table: dict[str, Any], method: str) -> Row:
+    test, training = (
+        {
+            row[0].partition(":")[0]: row[1 + of_table["columns"].index(name)]
+            for row in of_table["rows"][:-1]  # the last is the mean
+        }
+        for name in (method, f"{method}, training")
+    )
+    means = (mean(test.values()), _without(test), _without(training))
+    return {**dict(zip(MEANS, means, strict=True)), **test}
+
+
+def _without(f1: Row) -> float:
+    """The mean without random, which a guess at yes answers with 0.67."""
+    return mean(value for task, value in f1.items() if task != "random")
 
 
 class Set:
@@ -249,25 +263,23 @@ def kinds(sets: Sequence[Set]) -> str:
 
 def f1(found: Set) -> str:
     """All methods beside MTL and STL."""
-    methods = ["MTL", "STL", *(f"{n} groups, {name}" for n in NUMBERS for name in ("soft", "hard"))]
     rows = []
-    for m in methods:
+    for m in METHODS:
         if not found.of(m):
             continue
-        means = [spread(found.of(m, column)) for column in (COMPARED, "mean")]
-        minus = [found.minus(m, other) for other in ("MTL", "STL")]
+        means = [spread(found.of(m, column)) for column in (COMPARED, "mean", TRAINING)]
+        minus = ["-" if m == other else found.minus(m, other) for other in ("MTL", "STL")]
         rows.append([m, *means, *minus, len(found.of(m))])
-    head = ["method", "F1 without random (%)", "with it", "minus MTL [95 %]", "minus STL [95 %]",
-            "seeds"]  # fmt: skip
+    head = ["method", "F1 without random (%)", "with it", "training split", "minus MTL [95 %]",
+            "minus STL [95 %]", "seeds"]  # fmt: skip
     return table(head, rows)
 
 
 def by_task(found: Set) -> str:
     """F1 of each task, mean over the seeds."""
-    methods = list(dict.fromkeys(method for method, _ in found.runs))
-    tasks = [
-        column for column in next(iter(found.runs.values())) if column not in ("mean", COMPARED)
-    ]
+    methods = [method for method in METHODS if found.of(method)]
+    columns = found.runs[methods[0], found.seeds[0].number]
+    tasks = [column for column in columns if column not in MEANS]
     rows = [[task, *(f"{mean(found.of(m, task)):.1f}" for m in methods)] for task in tasks]
     return table(["task", *methods], rows)
 

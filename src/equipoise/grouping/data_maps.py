@@ -14,7 +14,7 @@ from torch import Tensor
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.grouping.full_maps import FullMaps
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Numbers that are held in double precision at a time."""
 
 STATE = ("mean", "squares", "count", "centred", "along", "level")
