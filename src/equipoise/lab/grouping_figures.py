@@ -80,6 +80,7 @@ def affinities(matrix: np.ndarray, tasks: Sequence[str]) -> Figure:
         axes.grid(visible=False)
         axes.set_yticks(range(len(tasks)), tasks)
         axes.set_xticks(range(len(tasks)), tasks, rotation=90)
+        axes.set(ylabel="the step of", xlabel="helps")
     return figure
 
 
