@@ -293,8 +293,8 @@ def affinities(sets: Sequence[Set]) -> str:
                 groups = found.groups(n, by)
                 if not groups:
                     continue
-                pairs = zip(groups, found.groups(n), strict=False)
-                agree = [adjusted_rand_score(a.labels, b.labels) for a, b in pairs]
+                pairs = [(seed.groups(n, by), seed.groups(n)) for seed in found.seeds]
+                agree = [adjusted_rand_score(a.labels, b.labels) for a, b in pairs if a and b]
                 first = " / ".join(", ".join(names) for names in groups[0].members)
                 rows.append([found.name, by, n, first, agreement(groups), f"{mean(agree):.2f}"])
     head = ["part and set", "by", "groups", "members", "agreement of the seeds (ARI)",

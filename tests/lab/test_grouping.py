@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +60,21 @@ def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
 
 class Killed(BaseException):
     """What no handler of errors catches."""
+
+
+@contextmanager
+def killed_after_two_epochs(monkeypatch):
+    """The body is killed once a run has saved its second epoch."""
+    real = runs.Run.save
+
+    def dying(self, folder):
+        real(self, folder)
+        if len(self.rows) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs.Run, "save", dying)
+        yield
 
 
 @pytest.mark.parametrize("step", [8, 14, 32])
@@ -208,15 +223,8 @@ def test_a_folder_is_of_one_training(undisturbed) -> None:
 
 def test_full_maps_lie_in_a_file(undisturbed, tmp_path, monkeypatch) -> None:
     """Killed between the two checkpoints, the file ends as the maps that were kept in memory."""
-    out, real = tmp_path / "out", runs.Run.save
-
-    def dying(self, folder):
-        real(self, folder)
-        if len(self.rows) == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runs.Run, "save", dying)
+    out = tmp_path / "out"
+    with killed_after_two_epochs(monkeypatch):
         grouping(out, Plan(2, (1, 3), "points")).groups()
     assert (out / "maps" / "maps.npy.partial").exists()
     found, _ = grouping(out, Plan(2, (1, 3), "points")).groups()
@@ -235,18 +243,12 @@ def test_full_maps_lie_in_a_file(undisturbed, tmp_path, monkeypatch) -> None:
 )
 def test_other_ways_to_tell(tmp_path, monkeypatch, by, recipe) -> None:
     """Killed in its last epoch it goes on; the run is a baseline as if nothing were measured."""
-    out, plan, real = tmp_path / "out", Plan(2, (1, 3), by=by), runs.Run.save
+    out, plan = tmp_path / "out", Plan(2, (1, 3), by=by)
 
     def made() -> Grouping:
         return Grouping(RunConfig.of(recipe=recipe, **COMMON), plan, out)
 
-    def dying(self, folder):
-        real(self, folder)
-        if len(self.rows) == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runs.Run, "save", dying)
+    with killed_after_two_epochs(monkeypatch):
         made().groups()
     grouping = made()
     found, _ = grouping.groups()

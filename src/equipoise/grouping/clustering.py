@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ def find_groups(
             different tasks.
         ValueError: a parameter out of its range.
     """
-    if method not in ("kmeans", "hard", "cmeans", "points"):
+    if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; give 'kmeans', 'hard', 'cmeans' or 'points'.")
     for name, value in (("n_groups", n_groups), ("n_init", n_init)):
         if not isinstance(value, Integral) or value < 1:

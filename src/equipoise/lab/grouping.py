@@ -113,11 +113,9 @@ class Grouping:
                 f"the last checkpoint is after epoch {last}; give --checkpoints from 1 to "
                 f"{self.config.epochs}, or more --epochs."
             )
-        for what in ["the method points"] * (self.plan.method == "points") + (
-            ["--full-maps"] * self.full_maps
-        ):
-            if not self._of_maps:
-                raise ConfigError(f"{what} needs data maps; --by is {self.plan.by}.")
+        if not self._of_maps and (self.full_maps or self.plan.method == "points"):
+            what = "--full-maps" if self.full_maps else "the method points"
+            raise ConfigError(f"{what} needs data maps; --by is {self.plan.by}.")
         for job in (self.telling, *self.baselines.values()):
             runs.refuse_another_run(job.config, job.folder)
         self._go_on()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -64,9 +64,11 @@ def group(
 
     Given again, the command makes what is missing: finished networks are kept, others go on.
     """
+    from equipoise.grouping.clustering import Method
+    from equipoise.grouping.specialists import Combine
     from equipoise.lab.cli import complain, writable
     from equipoise.lab.comparison import file_name
-    from equipoise.lab.grouping import Grouping, Plan, evenly
+    from equipoise.lab.grouping import By, Grouping, Plan, evenly
 
     if tasks is not None:
         try:
@@ -80,9 +82,9 @@ def group(
         probes=0,
     )  # fmt: skip
     for name, value, known in (
-        ("method", method, ("kmeans", "hard", "cmeans", "points")),
-        ("by", by, ("maps", "stl-maps", "gradients", "lookahead")),
-        ("combine", combine, ("probabilities", "logits")),
+        ("method", method, get_args(Method)),
+        ("by", by, get_args(By)),
+        ("combine", combine, get_args(Combine)),
     ):
         if value not in known:
             raise ConfigError(f"{name} is {value!r}; give {', '.join(known)}.")
