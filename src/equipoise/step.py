@@ -72,8 +72,7 @@ class Step:
         CombinationError: stages that make no sense together; both are named.
         ValueError: a parameter out of its range, or `shared` names nothing.
 
-    Under torch.distributed each process calls it with its part of the batch; all make the joint step.
-
+    Under torch.distributed each process gives its part of the batch; all make the joint step.
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
     (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. A closure is called
     once, T + 2 times with TaskSharpness ("joint": T + 1, "joint-mean": 3), and once more for each
