@@ -29,7 +29,7 @@ import gen_pages
 from equipoise import Recipe
 
 assert "`unit-mean`" in gen_pages.methods_table("aggregation")
-print(Recipe.parse("IGBv1+UnitMean-UB(every=5)"), Recipe.parse("F-UnitMean(rho=0.1)"))
+print(Recipe.parse("IGBv1+UnitMean-UB(update_every=5)"), Recipe.parse("F-UnitMean(rho=0.1)"))
 """
 
 
@@ -55,7 +55,9 @@ def test_one_line_of_registry_brings_it_everywhere(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert run("-c", EVERYWHERE).strip() == "igbv1+unit-mean-ub(every=5) f-unit-mean(rho=0.1)"
+    assert (
+        run("-c", EVERYWHERE).strip() == "igbv1+unit-mean-ub(update_every=5) f-unit-mean(rho=0.1)"
+    )
     options = ("-p", "register_unit_mean", "-p", "no:cacheprovider", "-k", "unit-mean")
     passed = re.search(r"(\d+) passed", run("-m", "pytest", *options, "-v", "tests/conformance"))
     assert passed

@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equipoise"
 
 STAGES = {"weighting", "aggregation", "sharpness", "line_search"}
-MAY_COMBINE_STAGES = {"", "step", "registry"}  # "" is the package's own __init__
+MAY_COMBINE_STAGES = {"", "step", "registry", "builtin"}  # "" is the package's own __init__
 STAGE_FREE = {"gradients", "replay"}
 CORE_IMPORTS = {"torch", "numpy", "scipy", "equipoise"}
 # The modules of the core that may look for something else, and then inside a function only.

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import equipoise as eq
+from equipoise.builtin import AGGREGATORS, WEIGHTINGS
 from equipoise.combine import works_on_features
-from equipoise.registry import AGGREGATORS, METHODS, WEIGHTINGS
+from equipoise.registry import METHODS
 
 parse = eq.Recipe.parse
 
@@ -30,7 +31,7 @@ PARAMETERS: dict[str, dict[str, st.SearchStrategy]] = {
     },
     "rlw-si": {"cap": st.floats(0.1, 1e6)},
     "dwa-si": {"temperature": st.floats(1e-3, 1e6)},
-    "rlw": {"normalise_to": st.floats(0.1, 1e6)},
+    "rlw": {"normalize_to": st.floats(0.1, 1e6)},
     "dwa": {"temperature": st.floats(1e-3, 1e6) | st.integers(1, 9)},
     "uw": {"lr": st.floats(1e-9, 10)},
     "mgda": {
@@ -141,7 +142,7 @@ def test_canonical_form(text: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [("si(cap=5)", "si(cap=5.0)"), ("cagrad(rescale=0)", "cagrad(rescale=false)"),
-     ("rlw(normalise_to=1)", "rlw(normalise_to=1.0)")],
+     ("rlw(normalize_to=1)", "rlw(normalize_to=1.0)")],
 )  # fmt: skip
 def test_equal_recipes_have_one_text_and_one_hash(one: str, other: str) -> None:
     try:
@@ -204,7 +205,7 @@ def test_a_value_that_is_accepted_works() -> None:
         ("cagrad(c=much)", "recipe .*c=much"),
         ("si(cap=0)", "cap is 0.0; give a positive bound"),
         ("dwa(temperature=0)", "temperature is 0.0; it must be positive"),
-        ("rlw(normalise_to=-1)", "normalise_to is -1"),
+        ("rlw(normalize_to=-1)", "normalize_to is -1"),
         ("uw(lr=0)", "lr is 0.0; it must be positive"),
         ("mgda(normalize=l3)", "normalize is 'l3'"),
         ("mgda-ub(zero=never)", "zero is 'never'"),
