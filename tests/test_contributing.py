@@ -12,13 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 REGISTER = """
-import equipoise.registry as registry
+import equipoise
 from unit_mean import UnitMean
 
-registry.AGGREGATORS["unit-mean"] = UnitMean  # the one line
-registry.METHODS.update(registry._methods())
-registry.FLAT.update(registry._in_flat_regions(registry.METHODS.values()))
-registry.TOKENS.update(registry.METHODS | registry.FLAT)
+equipoise.register("unit-mean", UnitMean)  # as the line in the table does
 """
 
 EVERYWHERE = """
