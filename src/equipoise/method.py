@@ -181,6 +181,8 @@ def name_of(factory: Any) -> str:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
+    if hint is Any:  # from Python 3.11 on a class
+        return True
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(hint))
     if isinstance(origin, type):  # list[float], Sequence[int]: a word is neither

@@ -65,23 +65,6 @@ def register(
 ) -> Any:
     """Give a method of your own a name in recipes, tables and the command line.
 
-    ```python
-    import equipoise as eq
-
-    @eq.register("halves")
-    class Halves(eq.GramAggregator):
-        \"\"\"Half of each task's gradient, or another share.\"\"\"
-
-        def __init__(self, share: float = 0.5) -> None:
-            super().__init__()
-            self.share = share
-
-        def weights(self, gram, losses):
-            return self.share * (gram.diagonal() >= 0)
-
-    print(eq.Recipe.parse("IGBv1+Halves(share=0.25)"))  # igbv1+halves(share=0.25)
-    ```
-
     An aggregator gets `TOKEN-ub` as well where it works on features, and `f-TOKEN` and `a-TOKEN`.
     The shell takes a file of such definitions by `--methods my_methods.py`.
 
@@ -103,6 +86,19 @@ def register(
     Raises:
         RecipeError: a token that cannot be or is taken, a factory whose axis cannot be inferred, a
             parameter without a default.
+
+    Example:
+        >>> import equipoise as eq
+        >>> @eq.register("halves")
+        ... class Halves(eq.GramAggregator):
+        ...     def __init__(self, share: float = 0.5):
+        ...         super().__init__()
+        ...         self.share = share
+        ...
+        ...     def weights(self, gram, losses):
+        ...         return self.share * (gram.diagonal() >= 0)
+        >>> print(eq.Recipe.parse("IGBv1+Halves(share=0.25)"))
+        igbv1+halves(share=0.25)
     """
     if factory is None:
         return lambda given: register(token, given, axis=axis, beside=beside, flat=flat)

@@ -108,7 +108,7 @@ FAULTS: list[tuple[str, Callable[..., Any], str]] = [
     ("any losses", lambda: lambda losses: -losses, "expected factors of 0 and more"),
     ("any losses", lambda: torch.sum, r"expected \(1,\), found \(\)"),
     ("any losses", lambda: lambda losses: losses.detach(), "found numbers"),
-    ("any losses", wrong(weigh=lambda self, losses, present: losses.item()), "found AttributeError"),
+    ("any losses", wrong(weigh=lambda self, losses, _: losses.item()), "found AttributeError"),
     ("own loss", lambda: lambda losses: losses * losses.sum(), "first call, element 0"),
     ("own loss", lambda: lambda losses: losses * losses.roll(1).detach() + losses.mean(), "by its"),
     ("losses unchanged", lambda: lambda losses: losses.mul_(2), "positive losses: expected"),
