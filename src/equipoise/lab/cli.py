@@ -256,12 +256,12 @@ def diagnose_runs(
     Each run folder gets diagnostics.json and a page. Given again, the command measures what is
     missing.
     """
+    own = own_methods.load(methods)
     settings = Settings(
         tuple(dict.fromkeys(only or MEASURES)),  # ty: ignore[invalid-argument-type]
         samples or None, radii, draws, points, span, ood,
     )  # fmt: skip
     folders = diagnosing.finished_runs(runs)
-    own = own_methods.load(methods)
     work = [diagnosing.Job(folder, settings, data_root, device, again, own) for folder in folders]
     diagnosing.check(work)
     for folder in folders:
