@@ -43,7 +43,7 @@ def test_the_example_is_short() -> None:
 def test_one_line_of_registry_brings_it_everywhere(tmp_path: Path) -> None:
     (tmp_path / "unit_mean.py").write_text(f'"""A method."""\n{example()}', encoding="utf-8")
     (tmp_path / "register_unit_mean.py").write_text(REGISTER, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
 
     def run(*command: str) -> str:
         done = subprocess.run(
