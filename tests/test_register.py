@@ -148,6 +148,13 @@ def test_a_line_search() -> None:
     assert str(parse("sum+halving")) == "halving+sum"
 
 
+def test_a_token_that_looks_as_if_it_worked_on_features() -> None:
+    eq.register("my-ubiquity", Share)
+    for text in ("fbls+my-ubiquity", "fbls+my-ubiquity(share=0.1)", "my-ubiquity-ub"):
+        assert str(parse(text)) == text
+        assert build(text).level == "features"
+
+
 def test_anything_that_makes_a_stage() -> None:
     def of_torch(scale: float = 1.0) -> Callable[[Tensor], Tensor]:
         """The sum, from a function."""

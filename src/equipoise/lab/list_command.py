@@ -38,7 +38,8 @@ def list_names(methods: own_methods.MethodsOption = None) -> None:
         "A recipe joins one of each axis: igbv1+cagrad. With -ub an aggregation works on the "
         "features instead of the parameters; with f- before it, it seeks flat regions (a-: the "
         "naive way): f-cagrad(rho=0.1). A line search makes plain SGD steps as long as all tasks "
-        "agree to: bls+mgda. stl trains one network for each task. Options of "
+        "agree to: bls+mgda. stl trains one network for each task. A file with methods of your own "
+        "is given by --methods. Options of "
         "data, model and schedule, here with their defaults, go into parentheses: "
         "--data 'multidigits(canvas=24)'."
     )
