@@ -9,6 +9,7 @@ import typer
 
 from equipoise import call
 from equipoise.lab.config import ConfigError, RunConfig
+from equipoise.lab.own_methods import MethodsOption
 
 DEFAULT = RunConfig.model_construct()
 
@@ -57,6 +58,7 @@ def group(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = DEFAULT.device,
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = DEFAULT.precision,
     threads: Annotated[int, typer.Option(help="CPU threads of one run.")] = DEFAULT.threads,
+    methods: MethodsOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="Networks trained side by side.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/group-DATA.")] = None,
 ) -> int:
@@ -79,7 +81,7 @@ def group(
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
-        probes=0,
+        methods=methods, probes=0,
     )  # fmt: skip
     for name, value, known in (
         ("method", method, get_args(Method)),
