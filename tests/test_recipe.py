@@ -385,40 +385,27 @@ def test_an_optimizer_that_is_asked_for_is_not_replaced(text: str) -> None:
         build(text, optimizer=torch.optim.Adam)
 
 
-@pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple, dict[str, Any]]]:
-    """What Recipe.build gives to Step."""
-    calls: list[tuple[tuple, dict[str, Any]]] = []
-
-    def step(*arguments: Any, **options: Any) -> None:
-        calls.append((arguments, options))
-
-    monkeypatch.setattr("equipoise.recipe.Step", step)
-    return calls
-
-
-def test_names_of_tasks_for_any_module(given: list) -> None:
-    net = torch.nn.Linear(3, 2)
-    parse("uw+f-cagrad").build(net, ["price", "colour", "size"], 0.1, 5)
-    parse("igbv1+mgda").build(net, ("price", "colour"), 0.1, 5, shared=net)
-    (arguments, options), (_, with_shared) = given
-    model, names, optimizer, weighting, aggregator, sharpness, search = arguments
-    assert (model, names, search) == (net, ["price", "colour", "size"], None)
-    assert isinstance(optimizer, torch.optim.Adam)
-    assert weighting.n_tasks == 3
-    assert isinstance(aggregator, eq.CAGrad) and sharpness.decompose
-    assert options == {"heads": "own", "shared": None}
-    assert with_shared == {"heads": "own", "shared": net}
+def test_names_of_tasks_for_any_module() -> None:
+    net = torch.nn.Linear(3, 3)
+    step = parse("uw+f-cagrad").build(net, ["price", "colour", "size"], 0.1, 5)
+    assert (step.model, step.tasks, step.line_search) == (net, ("price", "colour", "size"), None)
+    assert isinstance(step.optimizer, torch.optim.Adam)
+    assert step.weighting.n_tasks == 3
+    assert isinstance(step.aggregator, eq.CAGrad) and step.sharpness.decompose
+    x = torch.randn(4, 3)
+    names = ("price", "colour")
+    said = parse("igbv1+mgda").build(net, names, 0.1, 5, shared=[net.weight])
+    report = said(lambda: dict(zip(names, net(x).square().mean(0), strict=False)))
+    assert report.gram.shape == (2, 2)
+    assert said._rows.buffer.shape == (2, 9)  # the bias is not among what is shared
 
 
-def test_what_needs_no_saying_is_not_said(given: list) -> None:
-    build("mgda")
-    build("mgda-ub(heads=weighted)")
-    build("fbls")
-    assert [options for _, options in given] == [
-        {"heads": "own"},
-        {"heads": "weighted", "level": "features"},
-        {"heads": "own", "level": "features"},
+def test_the_level_and_heads_are_those_of_the_recipe() -> None:
+    found = [build(text) for text in ("mgda", "mgda-ub(heads=weighted)", "fbls")]
+    assert [(step.level, step.heads) for step in found] == [
+        ("parameters", "own"),
+        ("features", "weighted"),
+        ("features", "own"),
     ]
 
 
@@ -431,19 +418,16 @@ def test_what_needs_no_saying_is_not_said(given: list) -> None:
         ("fbls(verify=true)", "fbls"),
     ],
 )
-def test_names_of_tasks_are_refused_where_trunk_and_heads_are_needed(
-    text: str, what: str, given: list
-) -> None:
+def test_names_of_tasks_are_refused_where_trunk_and_heads_are_needed(text: str, what: str) -> None:
     with pytest.raises(eq.CombinationError) as caught:
         parse(text).build(linear_model(), ["left", "right"], 0.1, 1)
     assert str(caught.value).startswith(f"recipe {text!r} and names of tasks: {what}")
     assert "needs a SharedTrunk" in str(caught.value)
-    assert given == []
 
 
-@pytest.mark.parametrize("names", ["price", [1, 2], [print]])
+@pytest.mark.parametrize("names", ["price", [1, 2], [print], [], ["a", "a"]])
 def test_tasks_that_are_no_names(names: Any) -> None:
-    with pytest.raises(ValueError, match="give a list of names, or name -> loss"):
+    with pytest.raises(ValueError, match="give a list of different names, or a dict"):
         parse("ew").build(torch.nn.Linear(3, 2), names, 0.1, 1)
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from equipoise import call
 from equipoise.sharpness import TaskSharpness
+from equipoise.text import show
 
 Axis = Literal["weighting", "aggregation", "line search", "baseline"]
 
@@ -123,7 +123,7 @@ class Stage:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return call.show(self.method.token, self.parameters)
+        return show(self.method.token, self.parameters)
 
     def __hash__(self) -> int:
         return hash(str(self))

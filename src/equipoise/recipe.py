@@ -144,9 +144,8 @@ class Recipe:
             CombinationError: stages that make no sense together, or with this model.
             ValueError: a value out of its range.
         """
-        by_names = not isinstance(losses, Mapping)
-        if by_names:
-            self._refuse_without_trunk(losses)
+        if not isinstance(losses, Mapping):
+            self._refuse_without_trunk()
         if self.is_stl:
             model = self._trunk(model).separated()
         context: dict[str, Any] = {"steps_per_epoch": steps_per_epoch, "n_tasks": len(losses)}
@@ -181,10 +180,8 @@ class Recipe:
         search = self.line_search
         return search is not None and search.build(**any_context()).moves == "gradient"
 
-    def _refuse_without_trunk(self, names: Sequence[str]) -> None:
+    def _refuse_without_trunk(self) -> None:
         """Names of tasks belong to any network; some methods need to know its trunk and heads."""
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"the tasks are {names!r}; give a list of names, or name -> loss.")
         what = "stl" if self.is_stl else None
         for stage in (self.line_search, self.aggregator):
             if stage is not None and stage.method.level == "features":

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from equipoise import call
 from equipoise.errors import CombinationError, RecipeError, nearest
 from equipoise.method import RENAMED, Method, Stage, any_context
 from equipoise.registry import METHODS, REFUSED, TOKENS, among_features
+from equipoise.text import arguments, split
 
 
 def usual_aggregator(search: Stage | None) -> Stage:
@@ -57,7 +57,7 @@ def read(part: str, text: str) -> Stage:
         RecipeError: it cannot be read, or its method refuses a value.
     """
     try:
-        token, inside = call.split(part)
+        token, inside = split(part)
     except ValueError:
         raise RecipeError(
             f"recipe {text!r}: cannot read {part!r}; write token or token(name=value, ...), and "
@@ -74,7 +74,7 @@ def read(part: str, text: str) -> Stage:
         )
     known = method.parameters
     try:
-        given = call.arguments(method.token, inside)
+        given = arguments(method.token, inside)
     except ValueError as error:
         raise RecipeError(f"recipe {text!r}: {error}") from None
     for name in given:

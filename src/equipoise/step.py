@@ -260,8 +260,8 @@ class Step:
             answers["losses"] = losses = dict(losses)
             network: Network = TrunkNetwork(shared_trunk(self.model, losses, self._shared), losses)
         else:
-            answers["losses"] = losses = tuple(losses)
             partition = Partition(self.model, losses, self.optimizer, self._shared)
+            answers["losses"] = partition.tasks
             network = GraphNetwork(self.model, partition, stages.for_each_task, stages.needs_rows)
         refuse_senseless(stages, network, self.optimizer, self.clip_norm)
         stages.agree(self._ranks)

@@ -26,17 +26,18 @@ class Partition:
         shared: what is shared; None: what two or more tasks have reached so far.
 
     Raises:
-        ValueError: `shared` names no parameter of the network; names the nearest.
+        ValueError: `shared` names no parameter of the network (names the nearest), or the tasks are
+            no list of different names.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        tasks: Sequence[str],
+        tasks: Iterable[str],
         optimizer: torch.optim.Optimizer,
         shared: Shared | None,
     ) -> None:
-        self.tasks = tuple(tasks)
+        self.tasks = _checked(tasks)
         self.names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
@@ -194,6 +195,17 @@ def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:
                 if child is not None and child not in seen
             ]
     return order
+
+
+def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The names of the tasks."""
+    names = tuple(tasks)
+    unlike = len(set(names)) == len(names) > 0 and all(isinstance(name, str) for name in names)
+    if isinstance(tasks, str) or not unlike:
+        raise ValueError(
+            f"the tasks are {tasks!r}; give a list of different names, or a dict, name -> loss."
+        )
+    return names
 
 
 def _chosen(module: nn.Module, shared: Shared, names: Mapping[Tensor, str]) -> set[Tensor]:

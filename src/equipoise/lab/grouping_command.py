@@ -7,9 +7,10 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from equipoise import call
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.own_methods import MethodsOption
+from equipoise.text import read as read_call
+from equipoise.text import show
 
 DEFAULT = RunConfig.model_construct()
 
@@ -74,10 +75,10 @@ def group(
 
     if tasks is not None:
         try:
-            name, options = call.read(data)
+            name, options = read_call(data)
         except ValueError as error:
             raise ConfigError(f"data {data!r}: {error}") from error
-        data = call.show(name, {**options, "tasks": tasks})
+        data = show(name, {**options, "tasks": tasks})
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
