@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError, nearest
 
-Shared = nn.Module | Iterable[nn.Parameter] | Iterable[str] | str
+Shared = nn.Module | Iterable[Tensor] | Iterable[str] | str
 """How a user says what is shared: a module, parameters, or patterns of their names."""
 
 
@@ -80,6 +80,11 @@ class Partition:
                     "or leave `shared` out."
                 )
 
+    def reached(self) -> dict[Tensor, list[str]]:
+        """The parameters that have been reached, each with the tasks that have reached it."""
+        found = self._reached.items()
+        return {p: [t for i, t in enumerate(self.tasks) if mask >> i & 1] for p, mask in found}
+
     # ------------------------------------------------------------------ finding
 
     def update(self, losses: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -90,10 +95,11 @@ class Partition:
             ranks: the processes that train together.
         """
         found = self._reached.copy()
-        for leaf, mask in reached_leaves(list(losses.values())).items():
-            if isinstance(leaf, nn.Parameter) or leaf in self.names:
-                self.names.setdefault(leaf, f"parameter {len(self.names)}, held by nobody")
-                found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
+        with ranks.agreeing():
+            for leaf, mask in reached_leaves(list(losses.values())).items():
+                if isinstance(leaf, nn.Parameter) or leaf in self.names:
+                    self._name(leaf, ranks)
+                    found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
         changed = found != self._reached or self._frozen != sum(
             not p.requires_grad for p in self.names
         )
@@ -104,6 +110,15 @@ class Partition:
         if changed:
             self._reached = found
             self._sort()
+
+    def _name(self, leaf: Tensor, ranks: Ranks) -> None:
+        if leaf not in self.names and not ranks.alone:
+            raise EquipoiseError(
+                f"a loss reaches a parameter of shape {tuple(leaf.shape)} that neither the network "
+                "nor the optimizer holds, so that the processes cannot agree on it. Give it to the "
+                "optimizer."
+            )
+        self.names.setdefault(leaf, f"parameter {len(self.names)}, held by nobody")
 
     def _by_position(self, mask: int, losses: Mapping[str, Tensor]) -> int:
         """Bits in the order of this step's losses, put where the tasks have them."""
@@ -124,11 +139,7 @@ class Partition:
 
     def state_dict(self) -> dict[str, Any]:
         """Parameter name -> the names of the tasks that have reached it."""
-        tasks = self.tasks
-        return {
-            self.names[p]: [t for i, t in enumerate(tasks) if mask >> i & 1]
-            for p, mask in self._reached.items()
-        }
+        return {self.names[p]: tasks for p, tasks in self.reached().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave.
