@@ -18,7 +18,7 @@ help:
 	@echo "make demo    compare eight recipes on two-digit images: a table, and a page with pictures"
 	@echo "make test    the whole test suite"
 	@echo "make lint    ruff, the formatter and the type checker"
-	@echo "make format  let ruff mend what it can"
+	@echo "make format  let ruff fix what it can"
 	@echo "make bench   what a training step costs, as ratios to plain SGD"
 	@echo "make docs    build the documentation into site/"
 	@echo "make clean   remove $(VENV), caches and built files (never runs/)"
