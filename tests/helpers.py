@@ -276,9 +276,14 @@ def smooth_callable(rows: Tensor) -> Tensor:
 
 
 def ranked_step(recipe: str, seed: int = 0) -> eq.Step:
-    """Give the Step of a recipe, or of the plain callable, in float64; SGD with momentum."""
+    """Give the Step of a recipe, or of the plain callable, in float64; SGD with momentum.
+
+    A recipe after "closure " is that of a Step that is called with a closure.
+    """
     model = linear_model(RANKED_TASKS)
-    losses = all_tasks(model, F.mse_loss)
+    losses: Any = all_tasks(model, F.mse_loss)
+    if recipe.startswith("closure "):
+        recipe, losses = recipe.removeprefix("closure "), list(RANKED_TASKS)
 
     def optimizer(parameters: Any, lr: float) -> torch.optim.Optimizer:
         if recipe != "callable" and eq.Recipe.parse(recipe).needs_sgd:
@@ -309,6 +314,24 @@ def ranked_batch(k: int, part: slice = slice(None)) -> tuple[Tensor, dict, dict]
     return inputs[part], given, {"c": keep[part]}
 
 
+def ranked_call(step: eq.Step, batch: tuple[Tensor, dict, dict]) -> eq.StepReport:
+    """Make the step of a batch, or of one process's part of it."""
+    if isinstance(step.losses, dict):
+        return step(*batch)
+    inputs, targets, masks = batch
+
+    def losses() -> dict[str, tuple[Tensor, int]]:
+        outputs = step.model(inputs)
+        found = {}
+        for task, target in targets.items():
+            keep = ~target.isnan().any(1) & masks.get(task, torch.tensor(True))
+            if keep.any():
+                found[task] = F.mse_loss(outputs[task][keep], target[keep]), int(keep.sum())
+        return found
+
+    return step(losses)
+
+
 def run_rank(rank: int, folder: str, recipes: Sequence[str]) -> None:
     """Train as one of two processes, recipe after recipe, and write down what happened."""
     import datetime
@@ -326,7 +349,7 @@ def run_rank(rank: int, folder: str, recipes: Sequence[str]) -> None:
     found: dict[str, Any] = {}
     for recipe in recipes:
         step = ranked_step(recipe, seed=rank)  # private generators start as on the first process
-        reports = [step(*ranked_batch(k, PARTS[rank])) for k in range(STEPS)]
+        reports = [ranked_call(step, ranked_batch(k, PARTS[rank])) for k in range(STEPS)]
         found[recipe] = {
             "parameters": parameters_of(step.model),
             "reports": [

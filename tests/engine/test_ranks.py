@@ -17,6 +17,7 @@ from helpers import (
     largest_difference,
     parameters_of,
     ranked_batch,
+    ranked_call,
     ranked_step,
     recorded,
     run_rank,
@@ -60,6 +61,10 @@ RECIPES = [
     "fbls(latent_scale=matched, objective=sum)+sum",
     "igbv1+fbls(verify=true)+edm",
     "callable",
+    "closure ew",
+    "closure igbv1+f-cagrad",
+    "closure uw+graddrop",
+    "closure famo+bls+mgda",
 ]
 LIMIT = 120
 """Seconds after which two processes that wait for each other are given up."""
@@ -91,7 +96,7 @@ def joint() -> dict[str, dict[str, Any]]:
     found = {}
     for recipe in RECIPES:
         step = ranked_step(recipe)
-        reports = [step(*ranked_batch(k)) for k in range(STEPS)]
+        reports = [ranked_call(step, ranked_batch(k)) for k in range(STEPS)]
         found[recipe] = {"step": step, "reports": reports}
     return found
 
