@@ -468,3 +468,15 @@ def test_every_error_is_one_of_ours() -> None:
     for error in (eq.RecipeError, eq.CombinationError):
         assert issubclass(error, ValueError)
     assert conv_model().tasks == ("left", "right")
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("recipe", ["ew", "f-mgda"])
+def test_gradients_that_are_switched_off(off: Callable, recipe: str) -> None:
+    model = linear_model()
+    step = eq.Recipe.parse(recipe).build(model, all_tasks(model, F.mse_loss), 0.1, 1)
+    before = snapshot(step)
+    with off(), pytest.raises(eq.EquipoiseError, match="gradients are switched off here"):
+        step(*regression_batch())
+    assert differences(before, snapshot(step)) == []
+    assert step(*regression_batch()).accepted

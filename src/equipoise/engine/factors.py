@@ -41,8 +41,14 @@ def factors_of(
 
     Raises:
         TaskError: the weighting refuses a loss, or gives a weight that is not finite.
-        EquipoiseError: it returned something else than a weighted loss for each loss.
+        EquipoiseError: it returned something else than a weighted loss for each loss, or
+            gradients are switched off.
     """
+    if not torch.is_grad_enabled():
+        raise EquipoiseError(
+            "gradients are switched off here, by torch.no_grad or inference_mode; call the step "
+            "outside of it."
+        )
     losses = losses.clone().requires_grad_()
     weighted = _weighted(weighting, losses, presence, lr)
     shape = getattr(weighted, "shape", None)
