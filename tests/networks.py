@@ -92,7 +92,7 @@ def by_task(tasks: Sequence[str], outputs: Any, targets: Sequence[Tensor]) -> Lo
 
 
 class MMoE(Network):
-    """Multi-gate mixture of experts (Ma et al., KDD 2018): y_k = h_k(sum_i softmax(G_k x)_i f_i(x))."""
+    """Multi-gate mixture of experts (Ma et al., KDD 2018): h_k(sum_i softmax(G_k x)_i f_i(x))."""
 
     tasks = ("a", "b", "c")
     shared = ("experts.*",)
@@ -116,7 +116,7 @@ def mixed(scores: Tensor, experts: Tensor) -> Tensor:
 
 
 class CGC(Network):
-    """Customized gate control (Tang et al., RecSys 2020): a gate sees its task's and shared experts."""
+    """Customized gate control (Tang et al., RecSys 2020): gates see own and common experts."""
 
     shared = ("common.*",)
     own = {t: (f"experts.{t}.*", f"gates.{t}.*", f"towers.{t}.*") for t in ("a", "b")}
@@ -289,7 +289,7 @@ class UNet(Network):
 
 
 class Skips(Network):
-    """Heads at different depths, one of them with the inputs besides: the middle is for two of three."""
+    """Heads at different depths, one with the inputs besides; two of three reach the middle."""
 
     tasks = ("shallow", "deep", "wide")
     shared = ("stem.*", "middle.*")
@@ -338,7 +338,7 @@ class OneHead(Network):
 
 
 class PhysicsInformed(Network):
-    """u with u'' + c u = sin x, from data, residual and boundary (Raissi et al., JCP 2019); c unknown.
+    """u'' + c u = sin x by data, residual and boundary (Raissi et al., JCP 2019); c is learned.
 
     The residual needs derivatives by the inputs, which are differentiated once more.
     """
@@ -397,7 +397,7 @@ class ActorCritic(Network):
 
 
 class VAE(Network):
-    """Reconstruction and Kullback-Leibler term (Kingma and Welling, 2014); its noise is drawn anew."""
+    """Reconstruction and divergence (Kingma and Welling, 2014); each call draws new noise."""
 
     tasks = ("reconstruction", "kl")
     shared = ("encoder.*", "mean.*", "log_variance.*")

@@ -1,4 +1,4 @@
-"""The slow step for any graph: against plain autograd, numbers by hand, and trunks with heads."""
+"""The slow step for any graph, by plain autograd, numbers by hand, and trunks with heads."""
 
 from collections.abc import Callable
 from typing import Any
