@@ -71,12 +71,14 @@ def reference_step(
 
     def gradient(task: str, of: Sequence[nn.Parameter]) -> Vectors:
         """Of the weighted loss, where the parameters are now."""
+        if not of:
+            return []
         factor = factors[tasks.index(task)]
         found = torch.autograd.grad(looks.again()[task], list(of), allow_unused=True)
         return [None if g is None else factor * g for g in found]
 
     clean = {t: gradient(t, shared) for t in tasks}
-    clean_own = {t: gradient(t, own.get(t, ())) if own.get(t) else [] for t in tasks}
+    clean_own = {t: gradient(t, own.get(t, ())) for t in tasks}
     rows = torch.stack([joined(shared, clean[t]) for t in tasks])
     now_own, sam = clean_own, None
     extra = (values,) if getattr(aggregate, "needs_losses", False) else ()
@@ -106,7 +108,7 @@ def reference_step(
                 with moved(shared, on_trunk):
                     row = gradient(t, shared)
                 with moved(of_task, on_own):
-                    now_own[t] = gradient(t, of_task) if of_task else []
+                    now_own[t] = gradient(t, of_task)
             sam_rows.append(joined(shared, row))
         sam = torch.stack(sam_rows)
 
@@ -125,7 +127,7 @@ def reference_step(
     for t in tasks:
         for p, g in zip(own.get(t, ()), now_own[t], strict=True):
             p.grad = g
-    for p, g in zip(several, summed(gradient(t, several) for t in tasks if several), strict=True):
+    for p, g in zip(several, summed(gradient(t, several) for t in tasks), strict=True):
         p.grad = g
     for p, g in learned:
         p.grad = g
