@@ -295,7 +295,7 @@ def test_a_larger_shared_part_than_needed(name: str, options: dict) -> None:
 # ------------------------------------------------------------------------------- line search
 
 
-@every_network
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "actor-critic"])
 @pytest.mark.parametrize("options", [{}, {"rho": 0.1}], ids=["plain", "flat"])
 def test_the_accepted_step_lowers_every_loss_enough(name: str, options: dict) -> None:
     """Armijo's inequality, with the slopes of the reference and losses looked at anew."""
@@ -343,6 +343,16 @@ def test_the_accepted_step_lowers_every_loss_enough(name: str, options: dict) ->
         assert torch.allclose(report.trial_losses, after, rtol=1e-12)
         allowed = found.losses - rule.beta * report.step_size * slopes
         assert (after <= allowed + 1e-12).all()
+
+
+def test_a_loss_that_moves_without_a_gradient_is_not_searched_for_ever() -> None:
+    # The policy's loss follows the value, to which it sends nothing back: it grows at every size.
+    net = network("actor-critic")
+    before = values(net)
+    step = step_on(net, None, eq.MGDA(), None, eq.Backtracking())
+    report = step(closure_of(net))
+    assert not report.accepted and report.step_size == 0 and report.trials == 34
+    assert all(torch.equal(v, before[n]) for n, v in values(net).items())
 
 
 # --------------------------------------------------------------------------------- other parts

@@ -120,16 +120,23 @@ def test_a_task_that_is_absent_in_the_first_step(name: str) -> None:
 
 def test_tasks_that_never_meet_share_what_both_have_reached() -> None:
     net = network("cgc")
-    step = step_on(net, None, eq.MGDA(), lr=0.0)
+    step = step_on(net, None, seven, lr=0.0)
+    shared, a, b = ({*net.matching(w)} for w in (net.shared, net.own["a"], net.own["b"]))
     step(closure_of(net, 0, ("b",)))
-    assert {n for n, p in net.named().items() if p.grad is not None} == {
-        *net.matching([*net.shared, *net.own["a"]])
-    }
+    assert roles(net) == (set(), shared | a)
+    step(closure_of(net, 1, ("a",)))
+    assert roles(net) == (shared, b)
+    step(closure_of(net, 2, ("b",)))
+    assert roles(net) == (shared, a)
+
+
+def test_another_aggregator_keeps_what_was_found() -> None:
+    net = network("cgc")
+    step = step_on(net, None, eq.MGDA(), lr=0.0)
+    step(closure_of(net))
     step.aggregator = seven
     step(closure_of(net, 1, ("a",)))
     assert roles(net) == ({*net.matching(net.shared)}, {*net.matching(net.own["b"])})
-    step(closure_of(net, 2, ("b",)))
-    assert roles(net) == ({*net.matching(net.shared)}, {*net.matching(net.own["a"])})
 
 
 def test_partly_shared_where_the_other_tasks_are_absent() -> None:
