@@ -18,8 +18,8 @@ from helpers import (
 from torch import Tensor, nn
 
 import equipoise as eq
-from equipoise.labels import Labels
-from equipoise.ranks import Ranks
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.targets import Targets
 
 AGGREGATORS = {
     "sum": (eq.Sum, {}),
@@ -30,8 +30,8 @@ AGGREGATORS = {
 }
 
 
-def labels(targets: dict, masks: dict | None = None, tasks: tuple[str, ...] = THREE) -> Labels:
-    return Labels(tasks, targets, masks, Ranks())
+def labels(targets: dict, masks: dict | None = None, tasks: tuple[str, ...] = THREE) -> Targets:
+    return Targets(tasks, targets, masks, Ranks())
 
 
 # ------------------------------------------------------------------------------ who is there

@@ -16,8 +16,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equipoise"
 
 STAGES = {"weighting", "aggregation", "sharpness", "line_search"}
-MAY_COMBINE_STAGES = {"", "step", "registry"}  # "" is the package's own __init__
-STAGE_FREE = {"gradients", "replay"}
+MAY_COMBINE_STAGES = {"", "step", "functional", "registry"}  # "" is the package's own __init__
+STAGE_FREE = {"replay"}
+CONTRACTS = {"aggregation.base", "weighting.base", "line_search.base", "sharpness"}
+MAY_MOVE = {"engine.displaced", "replay"}
 CORE_IMPORTS = {"torch", "numpy", "scipy", "equipoise"}
 # The modules of the core that may look for something else, and then inside a function only.
 LAZY_IMPORTS = {
@@ -25,7 +27,8 @@ LAZY_IMPORTS = {
     "weighting.sac": {"stable_baselines3", "gymnasium"},
 }
 MAY_IMPORT_LAB = {"lab", "__main__"}
-DRIVERS = {"", "step", "recipe", "registry", "combinations", "gradients", "trunk"}
+DRIVERS = {"", "step", "functional", "recipe", "registry", "engine", "trunk"}
+ASSEMBLERS = {"", "step", "functional", "recipe", "registry"}
 AUTOGRAD = {"backward", "grad", "vjp", "jvp", "jacrev", "jacfwd"}
 MAX_LINES_CORE, MAX_LINES_LAB = 300, 400
 
@@ -125,6 +128,8 @@ def only_drivers_combine_stages(all_sources: Sources) -> list[str]:
             continue
         own = own_imports(module, text, all_sources)
         used = own & STAGES
+        if part(module) == "engine":
+            continue  # has a rule of its own
         if "" in own:
             complaints.append(f"{module} imports from the top, where all stages meet")
         if part(module) in STAGE_FREE and used:
@@ -132,6 +137,62 @@ def only_drivers_combine_stages(all_sources: Sources) -> list[str]:
         elif len(used | ({part(module)} & STAGES)) > 1:
             complaints.append(f"{module} combines {', '.join(sorted(used))}")
     return complaints
+
+
+def the_engine_sees_contracts_only(all_sources: Sources) -> list[str]:
+    """It takes the stages that it is given, and never what puts them together."""
+    complaints = []
+    for module, text in all_sources.items():
+        if part(module) != "engine":
+            continue
+        for name in sorted(imported_modules(module, text, all_sources)):
+            if part(name) in ASSEMBLERS:
+                complaints.append(f"{module} imports {name or 'equipoise'}, which assembles steps")
+            elif part(name) in STAGES and name not in CONTRACTS:
+                complaints.append(f"{module} imports {name}, more than the contract of a stage")
+    return complaints
+
+
+def imported_modules(module: str, text: str, all_sources: Sources) -> set[str]:
+    """The modules of the package that a module imports, for types too; a name's own module."""
+    found = set()
+    for name in imports(module, text, all_sources):
+        if part(name) == "equipoise":
+            rest = name.removeprefix("equipoise").removeprefix(".")
+            while rest and rest not in all_sources:
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found - {module}
+
+
+def there_is_no_circle(all_sources: Sources) -> list[str]:
+    """No module imports, over others or for types, what imports it."""
+    left = {
+        m: imported_modules(m, text, all_sources) for m, text in all_sources.items() if in_core(m)
+    }
+    # A package's __init__ gathers its modules, which may look at each other; it is no room.
+    gathering = {m for m in left if any(other.startswith(m + ".") for other in left)} | {""}
+    left = {m: found - gathering for m, found in left.items() if m not in gathering}
+    while True:
+        free = {m for m, found in left.items() if not found & left.keys()}
+        if not free:
+            return [f"{m} is in a circle, or imports one" for m in sorted(left)]
+        left = {m: found for m, found in left.items() if m not in free}
+        if not left:
+            return []
+
+
+def parameters_are_moved_in_one_place(all_sources: Sources) -> list[str]:
+    """Whoever writes through `.data` moves something behind autograd's back."""
+    return [
+        f"{module}:{node.lineno} reaches for .data"
+        for module, text in all_sources.items()
+        if in_core(module) and module not in MAY_MOVE
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "data"
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
 
 
 def core_is_light(all_sources: Sources) -> list[str]:
@@ -214,6 +275,9 @@ RULES: list[Callable[[Sources], list[str]]] = [
     stages_are_siblings,
     stages_never_call_autograd,
     only_drivers_combine_stages,
+    the_engine_sees_contracts_only,
+    there_is_no_circle,
+    parameters_are_moved_in_one_place,
     core_is_light,
     only_the_lab_imports_the_lab,
     compares_no_registered_name,
@@ -255,7 +319,21 @@ def test_the_rules_see_the_whole_package() -> None:
         (stages_never_call_autograd, "sharpness", "from torch.autograd import grad as g"),
         (stages_never_call_autograd, "weighting.x", "from torch import autograd as a"),
         (stages_never_call_autograd, "line_search", "from torch.func import vjp as v"),
-        (only_drivers_combine_stages, "gradients", "from .aggregation import Sum"),
+        (the_engine_sees_contracts_only, "engine.x", "from ..step import Step"),
+        (the_engine_sees_contracts_only, "engine.x", "from equipoise.aggregation import MGDA"),
+        (the_engine_sees_contracts_only, "engine.x", "import equipoise.weighting.ew"),
+        (
+            the_engine_sees_contracts_only,
+            "engine.x",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..recipe import Recipe",
+        ),
+        (there_is_no_circle, "aggregation.x", "from .y import a"),
+        (
+            there_is_no_circle,
+            "aggregation.x",
+            "if TYPE_CHECKING:\n    from equipoise.aggregation.y import a",
+        ),
+        (parameters_are_moved_in_one_place, "grouping.x", "p.data.copy_(q)"),
         (only_drivers_combine_stages, "replay", "from equipoise.weighting.base import Weighting"),
         (
             only_drivers_combine_stages,
@@ -285,7 +363,17 @@ def test_the_rules_see_the_whole_package() -> None:
 def test_a_source_that_breaks_the_rule_is_found(
     rule: Callable[[Sources], list[str]], module: str, text: str
 ) -> None:
-    context = {"": "", "aggregation": "", "aggregation.y": "", "weighting": "", "diagnostics": ""}
+    context = {
+        "": "",
+        "aggregation": "",
+        "aggregation.y": "from .x import b",
+        "engine": "",
+        "step": "",
+        "recipe": "",
+        "weighting": "",
+        "weighting.ew": "",
+        "diagnostics": "",
+    }
     assert rule({**context, module: text})
 
 
@@ -311,7 +399,13 @@ def test_what_the_rules_allow() -> None:
         "aggregation.mgda": "import math\nimport numpy\nfrom scipy.optimize import nnls\n"
         "import torch\nfrom ..errors import TaskError\nfrom .base import GramAggregator",
         "weighting": "",
-        "gradients": "import torch\ntorch.autograd.grad(1, 2)\nfrom .errors import TaskError",
+        "aggregation.base": "",
+        "weighting.base": "",
+        "sharpness": "",
+        "functional": "import torch\ntorch.autograd.grad(1, 2)\nfrom .errors import TaskError",
+        "engine.rows": "import torch\ntorch.autograd.grad(1, 2)\nfrom ..errors import TaskError",
+        "engine.stages": "from equipoise.aggregation.base import Aggregator\n"
+        "from ..weighting.base import Weighting\nfrom ..sharpness import TaskSharpness",
         "lab.cli": "import typer\nfrom ..recipe import METHODS\nfrom equipoise import Step\n"
         "from .data import load\nif kind == 'binary': recipes = ['mgda', 'ew']",
         "__main__": "from .lab.cli import main",

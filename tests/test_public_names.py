@@ -25,9 +25,9 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "optimizer": REQUIRED,
         "weighting": ANY,
         "aggregator": ANY,
-        "level": "parameters",
+        "level": None,
     },
-    "equipoise.Step.__call__": {"inputs": REQUIRED, "targets": REQUIRED, "masks": None},
+    "equipoise.Step.__call__": {"inputs": REQUIRED, "targets": None, "masks": None},
     "equipoise.backward": {
         "losses": REQUIRED,
         "shared": REQUIRED,

@@ -22,7 +22,7 @@ from helpers import (
     run_rank,
 )
 
-from equipoise.ranks import Ranks
+from equipoise.engine.ranks import Ranks
 
 RECIPES = [
     "ew",

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import equipoise as eq
-from equipoise.combine import works_on_features
+from equipoise.engine.adapters import works_on_features
 from equipoise.registry import AGGREGATORS, METHODS, WEIGHTINGS
 
 parse = eq.Recipe.parse

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import equipoise as eq
-from equipoise.combine import combine
-from equipoise.ranks import Ranks
-from equipoise.rows import Rows
+from equipoise.engine.adapters import aggregator_stage
+from equipoise.engine.direction import combine
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.rows import Rows
 
 SHAPES = [(2, 3), (4,), (), (0, 5)]
 
@@ -121,10 +122,10 @@ def test_several_devices_are_refused() -> None:
 def test_combine_by_coefficients_and_by_rows() -> None:
     rows, expected = filled()
     losses = torch.ones(2)
-    result, direction = combine(rows, eq.MGDA(), losses)
+    result, direction = combine(rows, aggregator_stage(eq.MGDA()), losses)
     assert torch.allclose(direction, result.coefficients @ expected, rtol=1e-12)
     assert torch.allclose(direction, eq.MGDA()(expected), rtol=1e-12)
-    plain, same = combine(rows, lambda r: eq.MGDA()(r), losses)
+    plain, same = combine(rows, aggregator_stage(lambda r: eq.MGDA()(r)), losses)
     assert plain.coefficients is None
     assert torch.equal(plain.gram, result.gram)
     assert torch.allclose(same, direction, rtol=1e-12)
@@ -136,7 +137,7 @@ def test_a_row_that_is_not_finite_is_named(aggregator: object, bad: float) -> No
     rows, _ = filled()
     rows.buffer[1, 3] = bad
     with pytest.raises(eq.NonFiniteError) as caught:
-        combine(rows, aggregator, torch.ones(2))
+        combine(rows, aggregator_stage(aggregator), torch.ones(2))
     assert caught.value.task == 1
 
 
@@ -151,7 +152,7 @@ def test_a_row_that_is_not_finite_is_named(aggregator: object, bad: float) -> No
 def test_what_a_callable_may_not_return(aggregator: object, words: str) -> None:
     rows, _ = filled()
     with pytest.raises(eq.EquipoiseError, match=words):
-        combine(rows, aggregator, torch.ones(2))
+        combine(rows, aggregator_stage(aggregator), torch.ones(2))
 
 
 @pytest.mark.parametrize("aggregator", [eq.MGDA(), lambda rows: rows.T @ rows.new_ones(len(rows))])
@@ -160,8 +161,8 @@ def test_autocast_does_not_round_the_direction(aggregator: Callable) -> None:
     rows = Rows([nn.Parameter(torch.zeros(50))], 3, Ranks())
     for gradient in torch.randn(3, 50):
         rows.add([gradient])
-    _, expected = combine(rows, aggregator, torch.ones(3))
+    _, expected = combine(rows, aggregator_stage(aggregator), torch.ones(3))
     with torch.autocast("cpu", torch.bfloat16):
-        _, direction = combine(rows, aggregator, torch.ones(3))
+        _, direction = combine(rows, aggregator_stage(aggregator), torch.ones(3))
     assert direction.dtype == torch.float32
     assert torch.equal(direction, expected)

@@ -27,7 +27,7 @@ from equipoise.aggregation import (
     UPGrad,
     every,
 )
-from equipoise.combine import Combination
+from equipoise.engine.direction import Combination
 from equipoise.errors import (
     CombinationError,
     EquipoiseError,
@@ -36,13 +36,13 @@ from equipoise.errors import (
     RecipeError,
     TaskError,
 )
-from equipoise.gradients import backward
+from equipoise.functional import backward
 from equipoise.line_search import Backtracking, FastBacktracking, LineSearch
 from equipoise.recipe import Recipe
 from equipoise.replay import Replay, frozen_buffers
+from equipoise.report import StepReport
 from equipoise.sharpness import TaskSharpness
 from equipoise.step import Step
-from equipoise.step_report import StepReport
 from equipoise.trunk import SharedTrunk
 from equipoise.weighting import (
     DWA,

@@ -30,7 +30,7 @@ from equipoise.aggregation import (
     Sum,
     UPGrad,
 )
-from equipoise.combine import works_on_features
+from equipoise.engine.adapters import works_on_features
 from equipoise.line_search import Backtracking, FastBacktracking, LineSearch
 from equipoise.sharpness import TaskSharpness
 from equipoise.weighting import (

@@ -90,7 +90,7 @@ class Replay:
             key: the name of the part.
             part: the module that is called; None: the whole model.
         """
-        part = part or self.model
+        part = self.model if part is None else part
         self._known[key] = part, copy_of_buffers(part), RandomState(self._devices)
         yield
 

@@ -2,131 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from equipoise.aggregation import MGDA, Aggregator, Sum
-from equipoise.batch import Batch
-from equipoise.boundary import Gradients
-from equipoise.combinations import held_by, known_coefficients, refuse_senseless
-from equipoise.combine import Combination, Descent, combine
-from equipoise.errors import (
-    NOT_FINITE,
-    EquipoiseError,
-    NonFiniteError,
-    TaskError,
-)
-from equipoise.labels import Labels
+from equipoise.aggregation import MGDA, Sum
+from equipoise.engine.compatibility import refuse_senseless, shared_trunk
+from equipoise.engine.direction import Combination, combine
+from equipoise.engine.evaluation import Evaluation, Network
+from equipoise.engine.factors import factors_of
+from equipoise.engine.gradients import scaled
+from equipoise.engine.graph_evaluation import GraphNetwork
+from equipoise.engine.latent_search_pass import LatentSearch
+from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.rows import Rows
+from equipoise.engine.saving import load, saved, undone_on_error
+from equipoise.engine.search_pass import Search
+from equipoise.engine.sharpness_pass import SecondLook
+from equipoise.engine.stages import Stages
+from equipoise.engine.trunk_evaluation import TrunkNetwork
+from equipoise.engine.update import Update, adopt, held_by
+from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
 from equipoise.linalg import finite_norm
-from equipoise.line_search import LineSearch
-from equipoise.perturbed import SecondLook
-from equipoise.random import twin
-from equipoise.ranks import Ranks
-from equipoise.replay import RandomState, Replay, devices_of, unchanged_on_error
-from equipoise.rows import Rows
-from equipoise.search_combinations import refuse_senseless_search
-from equipoise.searched import Search
+from equipoise.line_search.base import LatentLineSearch, LineSearch
+from equipoise.replay import RandomState, replayed
+from equipoise.report import StepReport
 from equipoise.sharpness import TaskSharpness
-from equipoise.step_report import StepReport
-from equipoise.trunk import SharedTrunk
-from equipoise.update import update
-from equipoise.weigh import learnable, weigh
-from equipoise.weighting import EW, Weighting
+from equipoise.weighting import EW
 
 
 class Step:
     """One training step of several tasks: losses, weighting, aggregation, update.
 
     Args:
-        model: a SharedTrunk.
-        losses: task name -> callable(output, target) that returns the mean over the samples.
+        model: a SharedTrunk, or with task names any module.
+        losses: task name -> callable(output, target) that returns the mean over the samples; the
+            step is then called with inputs and targets. Or a list of the T task names: the step is
+            then called with a closure that returns the losses.
         optimizer: holds the model's parameters; any optimizer whose `step` needs no closure.
         weighting: how much each loss counts; a Weighting, or any callable from losses (T,) to
             weighted losses (T,). None: EW. Its parameters get an optimizer group of their own.
-        aggregator: how the task gradients become one direction; an Aggregator, or any callable
-            from rows (T, P), which it leaves as they are, to (P,), for example one of TorchJD's.
-            None: Sum; beside FastBacktracking MGDA.
+        aggregator: how the task gradients become one direction; an Aggregator, any callable from
+            rows (T, P), which it leaves as they are, to (P,), or one of TorchJD's aggregators or
+            Gramian weightings. None: Sum; with FastBacktracking MGDA.
         sharpness: TaskSharpness, for gradients from perturbed points (F-MTL); the flat rows then
             have an aggregator of their own, a copy. None: from where the parameters are.
         line_search: Backtracking or FastBacktracking, which say how far to go; the optimizer is
             then plain SGD, whose learning rate serves the weighting's parameters alone. None: the
             optimizer says.
+        shared: with task names, what is shared: a module, parameters, or patterns of parameter
+            names ("backbone.*"). None: the parameters that two or more tasks have reached so far
+            in the graphs of their losses. Every other parameter that a loss reaches, those inside
+            losses too, follows the weighted losses that reach it.
         level: "parameters": the rows are gradients of the shared parameters. "features": of the
-            features (MGDA-UB and its kin); the trunk then sees one backward. That is where
-            FastBacktracking always works.
-        heads: "own": each head follows the gradient of its own weighted loss. "weighted": times the
-            aggregator's coefficient of its task, as one backward of the sum of coefficient times
-            weighted loss would give it; a negative coefficient lets a head climb.
+            features (MGDA-UB and its kin); the trunk then sees one backward. None: what the line
+            search needs ("features" for FastBacktracking), or else "parameters".
+        heads: "own": each task's own parameters follow the gradient of its own weighted loss.
+            "weighted": times the aggregator's coefficient of the task, as one backward of the sum
+            of coefficient times weighted loss would give it; a negative one lets a head climb.
         clip_norm: bound on the norm of the whole update direction, heads included; None: none.
 
     Raises:
         TaskError: `losses` misses a task, or names one that the model does not have.
         CombinationError: stages that make no sense together; both are named.
-        ValueError: a parameter out of its range.
+        ValueError: a parameter out of its range, or `shared` names nothing.
 
-    The trunk learns through its features alone: a loss that looks at its parameters directly does
-    not reach them. Under torch.distributed each process calls the step with its part of the batch,
-    and all make the step of the joint batch.
+    Under torch.distributed each process calls it with its part of the batch; all make the joint step.
 
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
-    (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. Memory: T x P numbers,
-    or none for those.
+    (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. A closure is called
+    once, T + 2 times with TaskSharpness ("joint": T + 1, "joint-mean": 3), and once more for each
+    trial of Backtracking and for FAMO. Memory: T x P numbers, none for loss-only recipes.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> step = Step(net, ["price", "colour"], torch.optim.SGD(net.parameters(), lr=0.1),
+        ...             aggregator=MGDA())
+        >>> def losses():
+        ...     price, colour = net(torch.randn(4, 3)).unbind(1)
+        ...     return {"price": price.square().mean(), "colour": (colour - 1).square().mean()}
+        >>> report = step(losses)
+        >>> report.losses.shape
+        torch.Size([2])
     """
+
+    tasks: tuple[str, ...]
+    weighting: Callable[..., Tensor]
+    aggregator: Callable[..., Tensor]
+    sharpness: TaskSharpness | None
+    line_search: LineSearch | None
+    _answers: dict[str, Any]
 
     def __init__(
         self,
-        model: SharedTrunk,
-        losses: Mapping[str, Callable[[Any, Any], Tensor]],
+        model: nn.Module,
+        losses: Mapping[str, Callable[[Any, Any], Tensor]] | Iterable[str],
         optimizer: torch.optim.Optimizer,
         weighting: Callable[..., Tensor] | None = None,
         aggregator: Callable[..., Tensor] | None = None,
         sharpness: TaskSharpness | None = None,
         line_search: LineSearch | None = None,
         *,
-        level: str = "parameters",
+        shared: Shared | None = None,
+        level: str | None = None,
         heads: str = "own",
         clip_norm: float | None = None,
     ) -> None:
-        self.model = model
-        self.losses = dict(losses)
-        self.optimizer = optimizer
-        self.weighting = EW() if weighting is None else weighting
-        among_features = getattr(line_search, "level", level) == "features"
-        usual = MGDA if line_search is not None and among_features else Sum
-        self.aggregator = usual() if aggregator is None else aggregator
-        self.sharpness = sharpness
-        self.flat_aggregator: Any = None if sharpness is None else twin(self.aggregator)
-        self.line_search = line_search
-        verify = getattr(line_search, "verify", False)
-        self.rows_aggregator: Any = twin(self.aggregator) if verify else None
-        self.level = "features" if among_features else level
-        self.heads = heads
-        self.clip_norm = clip_norm
-        refuse_senseless(self)
-        refuse_senseless_search(self)
-        self.descent = None if line_search is None else Descent(line_search.descends, MGDA())
-        self.ranks = Ranks()
-        self.ranks.align(s.generator for s in self._stages().values() if hasattr(s, "generator"))
-        self._adopt_weighting()
+        self.model, self.optimizer, self.clip_norm = model, optimizer, clip_norm
+        self._ranks, self._shared = Ranks(), shared
         self._rows: Rows | None = None
+        usual = MGDA() if isinstance(line_search, LatentLineSearch) else Sum()
+        self._take(
+            losses=losses,
+            weighting=EW() if weighting is None else weighting,
+            aggregator=usual if aggregator is None else aggregator,
+            sharpness=sharpness, line_search=line_search, level=level, heads=heads,
+        )  # fmt: skip
 
     def __call__(
         self,
         inputs: Any,
-        targets: Mapping[str, Any],
+        targets: Mapping[str, Any] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> StepReport:
         """Make one step.
 
         Args:
-            inputs: whatever the trunk takes.
-            targets: task name -> target. A task may be absent: its head is then left alone.
-                Samples with a NaN in their target do not count for that task.
+            inputs: whatever the trunk takes; or the closure, which is called without arguments and
+                returns task name -> scalar loss, or -> (loss, number of samples) where processes
+                hold unequal parts. It must give the same losses when it is called again: draws
+                from torch's generators are repeated.
+            targets: task name -> target. A task may be absent, here or from what the closure
+                returns: its own parameters are then left alone. Samples with a NaN in their target
+                do not count for that task.
             masks: task name -> bool (B,), False for samples that do not count for that task.
 
         Raises:
@@ -134,145 +147,145 @@ class Step:
                 parameters, buffers, optimizer, stages and random generators are as before (only
                 the gradients of the step before are gone).
         """
-        left_out = getattr(self.weighting, "left_out", ())
-        labels = Labels(self.model.tasks, targets, masks, self.ranks, left_out)
-        if not labels.names:
-            return StepReport.skipped(labels.tasks)
-        self.model.zero_grad()  # frees P numbers before the rows are formed
-        with self._undo(labels) as before:
-            known = self._known(labels)
-            sharp = self.sharpness if self.sharpness and self.sharpness.active else None
-            again = sharp is not None or self.line_search is not None
-            batch = self._forward(inputs, labels, known, again)
-            factors, weights, learned = weigh(self.weighting, batch.losses, labels, self.optimizer)
-            heads = own = batch.heads_backward(factors)
-            rows = look = found = None
+        stages, batch = self._stages, (inputs, targets, masks)
+        devices = {p.device for p in held_by(self.optimizer)}
+        with undone_on_error(self.model, stages.touched(), devices) as before:
+            look = self._evaluate(batch, stages.looks_again)
+            before.names = look.presence.names
+            if not before.names:
+                return StepReport.skipped(self.tasks)
+            self._network.forget_gradients()  # P numbers less while the rows are formed
+            known = self._known(look)
+            look.look(apart=known is None or bool((known != known[0]).any()))
+            weighted = factors_of(stages.weighting, look.losses, look.presence, self._lr)
+            factors, learned = weighted.factors, weighted.learned
+            rows = second = found = None
 
             if known is not None:
                 result = Combination(known)
-                trunk = batch.trunk_backward(known)
-            elif self.level == "features":
-                verify = self.rows_aggregator is not None
-                result, trunk = batch.features_backward(self.aggregator, self.descent, verify)
+                shared, own = look.backward(known, factors)
+            elif stages.level == "features":
+                sent_back, raw = look.feature_gradients(factors)
+                result, latent = sent_back.combine(stages.aggregator, look.losses, stages.descent)
+                shared = look.through(latent, again=stages.verifying is not None)
+                own = scaled(raw, factors)
             else:
-                rows = batch.fill(self.buffer(batch))
-                result, direction = combine(rows, self.aggregator, batch.losses, self.descent)
-                if sharp:
+                rows = self._buffer(look)
+                raw = moved = look.fill(rows)
+                rows.weigh(factors)
+                result, direction = combine(rows, stages.aggregator, look.losses, stages.descent)
+                if stages.perturbation:
                     keep = self.line_search is not None
-                    look = SecondLook(batch, rows, heads, factors, sharp, keep)
-                    direction, heads, result.flat = look.along(direction, self.flat_aggregator)
-                trunk = rows.per_parameter(direction)
-            if self.heads == "weighted":
-                heads = batch.heads_times(heads, result.coefficients)
+                    second = SecondLook(look, rows, raw, factors, stages.perturbation, keep)
+                    direction, moved, result.flat = second.along(direction, stages.flat)
+                shared = rows.per_parameter(direction)
+                own = scaled(moved, factors)
+            heads = own if stages.heads == "own" else scaled(own, result.coefficients)
 
-            norm = finite_norm(trunk)
-            if norm is None or finite_norm(heads) is None:
-                raise self._non_finite(inputs, labels, heads, before)
+            norm = finite_norm(shared)
+            if norm is None or finite_norm(itertools.chain(*heads)) is None:
+                raise self._non_finite(batch, before.random)
+            update = Update(self.optimizer, self.clip_norm, look, stages.weighting.learnable)
             if self.line_search is None:
-                update(self, batch, trunk, heads, learned)
+                update.step(shared, heads, learned)
             else:
-                search = Search(self, batch, factors, own, rows, look)
-                found, result, norm = search.along(result, trunk, heads, learned)
-            report = StepReport.of_present(
-                labels, batch.losses, weights, factors, result, norm, found
-            )
-        if look:
-            look.commit()
-        self._let_weighting_learn(batch, report, before)
+                if stages.level == "features":
+                    buffer = partial(self._buffer, look)
+                    search = LatentSearch(look, stages, factors, own, update, buffer)
+                else:
+                    clean = scaled(raw, factors) if second else own
+                    search = Search(look, stages, factors, clean, update, rows, second)
+                found, result, norm = search.along(result, shared, heads, learned)
+            report = StepReport.of(look.presence, look.losses, weighted, result, norm, found)
+        if second:
+            second.commit()
+        self._let_weighting_learn(batch, report, before.random)
         return report
+
+    @property
+    def forms_gram(self) -> bool:
+        """Whether its reports hold inner products of task gradients."""
+        return self._stages.needs_rows is not None
 
     # ------------------------------------------------------------------ its parts
 
-    def _forward(self, inputs: Any, labels: Labels, known: Tensor | None, again: bool) -> Batch:
-        apart = known is None or bool((known != known[0]).any())
-        replay = Replay(self.model) if again else None
-        return Batch(self.model, self.losses, inputs, labels, self.ranks, apart, replay)
+    def _evaluate(self, batch: Any, again: bool) -> Any:
+        return self._network.evaluate(batch, self._ranks, self._stages.weighting.left_out, again)
 
-    def buffer(self, batch: Batch) -> Rows:
-        """The (T, P) buffer, made anew only if the trunk's trainable parameters have changed."""
-        if self._rows is None or not self._rows.fit(batch.trunk_parameters):
+    def _known(self, look: Evaluation) -> Tensor | None:
+        """The coefficients, where they can be named before there are gradients."""
+        self._stages.begin(look.presence)
+        known = self._stages.known(len(look.presence.names))
+        return None if known is None else self._ranks.from_first(known)
+
+    @property
+    def _lr(self) -> float | None:
+        """The learning rate, for a weighting that declares to need it."""
+        method = self._stages.weighting.method
+        return float(self.optimizer.param_groups[0]["lr"]) if method and method.needs_lr else None
+
+    def _buffer(self, look: Evaluation) -> Rows:
+        """The (T, P) buffer, made anew only if the shared parameters have changed."""
+        if self._rows is None or not self._rows.fit(look.shared):
             self._rows = None  # free the old one first
-            self._rows = Rows(batch.trunk_parameters, len(self.model.tasks), self.ranks)
+            self._rows = Rows(look.shared, len(self.tasks), self._ranks)
         return self._rows
 
-    def _non_finite(
-        self, inputs: Any, labels: Labels, heads: Gradients, before: RandomState
-    ) -> EquipoiseError:
-        """The error for a gradient that is not finite: names the task, at the price of a replay."""
+    def _non_finite(self, batch: Any, before: RandomState) -> EquipoiseError:
+        """The error for a gradient that is not finite: names the task, and costs a replay."""
         before.restore()  # the same dropout masks again
-        batch = Batch(self.model, self.losses, inputs, labels, self.ranks)
-        batch.heads_backward(weigh(self.weighting, batch.losses, labels, self.optimizer)[0])
-        task = batch.culprit(heads)
+        look = self._evaluate(batch, again=False)
+        look.look()
+        task = look.culprit(self._buffer(look))
         if task is None:
             return EquipoiseError("each task's gradient is finite, but together they overflow.")
         return NonFiniteError(task, NOT_FINITE)
 
-    def _let_weighting_learn(self, batch: Batch, report: StepReport, before: RandomState) -> None:
+    def _let_weighting_learn(self, batch: Any, report: StepReport, before: RandomState) -> None:
         """Show the weighting what it declares to need of the step that was made."""
-        w = self.weighting
-        if isinstance(w, Weighting) and (w.needs_gram or w.needs_losses_after):
-            after = batch.losses_now(before) if w.needs_losses_after else None
-            w.observe(report.losses, batch.labels.present, report.gram, after)
+        method = self._stages.weighting.method
+        if method is not None and (method.needs_gram or method.needs_losses_after):
+            after = None
+            if method.needs_losses_after:
+                with torch.no_grad(), replayed(self.model, before):
+                    after = self._evaluate(batch, again=False).losses_or_nan()
+            method.observe(report.losses, ~report.losses.isnan(), report.gram, after)
 
-    # ------------------------------------------------------------------ stages
+    # ------------------------------------------------------------------ at the beginning
 
-    def _adopt_weighting(self) -> None:
-        """Bring the weighting's parameters to the optimizer."""
-        held = {id(p) for p in held_by(self.optimizer)}
-        new = [p for p in learnable(self.weighting) if id(p) not in held]
-        if new:
-            group: dict[str, Any] = {"params": new, "weight_decay": 0.0}
-            lr = getattr(self.weighting, "lr", None)
-            self.optimizer.add_param_group(group if lr is None else {**group, "lr": lr})
+    def _take(self, **answers: Any) -> None:
+        """Take the answers to the four questions, if they go together."""
+        losses, others = answers["losses"], {k: v for k, v in answers.items() if k != "losses"}
+        stages = Stages.of(**others, descending=MGDA())
+        if isinstance(losses, Mapping):
+            answers["losses"] = losses = dict(losses)
+            network: Network = TrunkNetwork(shared_trunk(self.model, losses, self._shared), losses)
+        else:
+            answers["losses"] = losses = tuple(losses)
+            partition = Partition(self.model, losses, self.optimizer, self._shared)
+            network = GraphNetwork(self.model, partition, stages.for_each_task, stages.needs_rows)
+        refuse_senseless(stages, network, self.optimizer, self.clip_norm)
+        stages.agree(self._ranks)
+        self.__dict__.update(answers, _answers=answers, level=stages.level, tasks=network.tasks)
+        self._stages, self._network = stages, network
+        adopt(self.optimizer, stages.weighting)
 
-    def _known(self, labels: Labels) -> Tensor | None:
-        """The coefficients, where the aggregator can name them before there are gradients."""
-        for aggregator in (self.aggregator, self.flat_aggregator, self.rows_aggregator):
-            if isinstance(aggregator, Aggregator):
-                aggregator.begin(labels.present)
-        known = known_coefficients(self, len(labels.names))
-        if known is None or not (self.line_search is None or self.line_search.content_with(known)):
-            return None
-        return self.ranks.from_first(known)
-
-    def _stages(self) -> dict[str, Any]:
-        stages = {"weighting": self.weighting, "aggregator": self.aggregator}
-        if self.sharpness is not None:
-            stages |= {"sharpness": self.sharpness, "flat_aggregator": self.flat_aggregator}
-        if self.line_search is not None:
-            stages["line_search"] = self.line_search
-        if self.rows_aggregator is not None:
-            stages["rows_aggregator"] = self.rows_aggregator
-        return stages
-
-    @contextmanager
-    def _undo(self, labels: Labels) -> Generator[RandomState]:
-        """On an error put everything back, and let the error call the task by its name."""
-        try:
-            devices = {p.device for p in held_by(self.optimizer)}
-            # What sharpness holds may be large; it is not touched before the step has been made.
-            stages = [s for s in self._stages().values() if s is not self.sharpness]
-            with unchanged_on_error(self.model, stages, devices) as before:
-                yield before
-        except TaskError as error:
-            raise error.named(labels.names) from None
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another answer to one of the questions is checked as when the Step was built."""
+        if name in self.__dict__.get("_answers", ()):
+            self._take(**{**self._answers, name: value})
+        else:
+            super().__setattr__(name, value)
 
     # ------------------------------------------------------------------ state
-
-    def _stateful(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, **self._stages()}
-        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the next step depends on.
 
-        That is the model, the optimizer, the stages, and the state of torch's global random
-        generators, from which dropout draws.
+        That is the model, the optimizer, the stages, the state of torch's global random
+        generators, from which dropout draws, and with a closure what the tasks have reached.
         """
-        state: dict[str, Any] = {k: part.state_dict() for k, part in self._stateful().items()}
-        state["random"] = RandomState(devices_of(self.model)).state_dict()
-        state["stages"] = {k: type(stage).__name__ for k, stage in self._stages().items()}
-        return deepcopy(state)
+        return saved(self._stateful(), self._stages.names(), self.model)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken: the next step will be the same, bit for bit.
@@ -281,20 +294,8 @@ class Step:
             EquipoiseError: the state belongs to a Step with other stages or another model;
                 nothing has changed then.
         """
-        mine = self.state_dict()
-        if state.get("stages") != mine["stages"]:
-            raise EquipoiseError(
-                f"the state was saved with {state.get('stages')}, this Step has {mine['stages']}."
-            )
-        try:
-            self._load(state)
-        except (KeyError, RuntimeError, ValueError) as error:
-            self._load(mine)
-            raise EquipoiseError(f"the state does not fit this Step: {error}") from error
+        load(state, self._stateful(), self._stages.names(), self.model)
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        for name, part in self._stateful().items():
-            part.load_state_dict(deepcopy(state[name]))
-        random = RandomState(devices_of(self.model))
-        random.load_state_dict(state["random"])
-        random.restore()
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, **dict(self._stages.stateful())}
+        return {**parts, "network": self._network} if self._network.has_state else parts

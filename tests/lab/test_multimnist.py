@@ -419,7 +419,7 @@ def test_a_full_disk_leaves_no_half_file(root, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("equipoise.atomic.os.fsync", full)
+        patch.setattr("equipoise.files.os.fsync", full)
         assert same(load("multimnist", root, **SMALL), expected)
     assert "No space left" in caplog.text
     assert files(root / "equipoise-cache") == []

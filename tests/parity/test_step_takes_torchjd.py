@@ -32,6 +32,7 @@ OTHERS = {
     "GradDrop": theirs.GradDrop,
     "Mean": theirs.Mean,
 }
+BY_GRAM = ("AlignedMTL", "MGDA", "IMTLG")
 
 
 def their_gradients(aggregator: nn.Module, tasks: tuple[str, ...]) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def test_same_gradients_as_their_engine(name: str, form: str) -> None:
     if form == "Step":
         step = regression_step(None, OTHERS[name](), THREE)
         report = step(*regression_batch(THREE))
-        assert report.coefficients is None
+        assert (report.coefficients is not None) == (name in BY_GRAM)
         assert report.gram.shape == (3, 3)
         model = step.model
     else:
@@ -114,11 +115,29 @@ def test_an_error_changes_nothing(name: str) -> None:
     assert [d for d in differences(before, after) if "grad" not in d] == []
 
 
-def test_they_are_refused_at_the_feature_level() -> None:
-    with pytest.raises(eq.CombinationError, match="level='features' and AlignedMTL"):
-        regression_step(None, theirs.AlignedMTL(), level="features")
+@pytest.mark.parametrize("name", BY_GRAM)
+def test_their_gramian_weightings_are_coefficients(name: str) -> None:
+    weighting = {
+        "AlignedMTL": theirs.AlignedMTLWeighting,
+        "MGDA": theirs.MGDAWeighting,
+        "IMTLG": theirs.IMTLGWeighting,
+    }[name]
+    reports = []
+    for aggregator in (OTHERS[name](), weighting()):
+        for level in ("parameters", "features"):
+            step = regression_step(eq.SI(), aggregator, THREE, level=level)
+            reports.append(step(*regression_batch(THREE)))
+    for of_aggregator, of_weighting in zip(reports[:2], reports[2:], strict=True):
+        assert differences(of_aggregator, of_weighting) == []
+    assert reports[0].coefficients.shape == (3,)
+    assert torch.allclose(reports[0].coefficients, weighting()(reports[0].gram))
+
+
+def test_what_needs_the_rows_is_refused_at_the_feature_level() -> None:
+    with pytest.raises(eq.CombinationError, match="level='features' and ConFIG"):
+        regression_step(None, theirs.ConFIG(), level="features")
     model = linear_model()
     features = model.trunk(regression_batch()[0])
     losses = [head(features).sum() for head in model.heads.values()]
-    with pytest.raises(eq.CombinationError, match="AlignedMTL"):
-        eq.backward(losses, model.trunk.parameters(), theirs.AlignedMTL(), features)
+    with pytest.raises(eq.CombinationError, match="ConFIG"):
+        eq.backward(losses, model.trunk.parameters(), theirs.ConFIG(), features)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from equipoise.aggregation.base import Aggregator
 from equipoise.errors import NOT_FINITE, NonFiniteError
-from equipoise.random import GeneratorState
+from equipoise.generators import GeneratorState
 
 
 class GradDrop(GeneratorState, Aggregator):

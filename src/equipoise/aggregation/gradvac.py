@@ -11,7 +11,7 @@ from torch import Tensor
 
 from equipoise.aggregation.base import Array, GramAggregator
 from equipoise.aggregation.pcgrad import random_orders
-from equipoise.random import GeneratorState
+from equipoise.generators import GeneratorState
 
 
 class GradVac(GeneratorState, GramAggregator):

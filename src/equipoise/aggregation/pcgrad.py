@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from equipoise.aggregation.base import Array, GramAggregator
-from equipoise.random import GeneratorState
+from equipoise.generators import GeneratorState
 
 
 class PCGrad(GeneratorState, GramAggregator):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from equipoise.diagnostics.relative import MeasureError
+from equipoise.engine.displaced import Displaced
+from equipoise.engine.targets import labelled
 from equipoise.errors import TaskError, nearest
-from equipoise.labels import labelled
 from equipoise.replay import RandomState, devices_of, frozen_buffers
 from equipoise.trunk import SharedTrunk
 
@@ -26,13 +27,14 @@ class Evaluation:
     """A model in evaluation mode and its batches; made by `evaluation`.
 
     Attributes:
-        parameters: those that are not frozen, each with a copy of its value.
+        parameters: those that are not frozen.
         device: where the model lies, and where batches are brought.
     """
 
     def __init__(self, model: SharedTrunk, batches: Batches) -> None:
         self.model = model
-        self.parameters = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._displaced = Displaced(self.parameters)
         self.device = next(iter((*model.parameters(), *model.buffers())), torch.empty(0)).device
         self._batches = batches
         self._draws = Draws(devices_of(model))
@@ -116,15 +118,11 @@ class Evaluation:
 
     def move(self, offsets: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
         """Set parameters to their values plus an offset; None: to their values."""
-        with torch.no_grad():
-            for p, offset in offsets:
-                value = self.parameters[p]
-                # Through .data: a graph of the caller's may hold the parameter.
-                p.data.copy_(value if offset is None else value + offset)
+        self._displaced.move(offsets)
 
     def put_back(self) -> None:
         """Give every parameter its value back, bit for bit."""
-        self.move((p, None) for p in self.parameters)
+        self._displaced.back()
 
     def _given(self) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """The batches on the model's device; each pass begins from the same random state."""

@@ -140,7 +140,7 @@ def noise_robustness(
     generator = private(generator)
     functions = {task: measures[task] for task in chosen(model, measures, "measures")}
     with evaluation(model, batches) as looking:
-        size = _length(looking.parameters.values())
+        size = _length(looking.parameters)
         if not looking.parameters:
             raise MeasureError("the model has no trainable parameter to put noise on.")
         clean = looking.means(functions)
@@ -173,7 +173,7 @@ def _direction(looking: Evaluation, generator: torch.Generator) -> dict[nn.Param
 
 def _length(tensors: Iterable[Tensor]) -> float:
     """The Euclidean norm of all together, in double precision."""
-    return math.sqrt(sum(float(x.cpu().double().square().sum()) for x in tensors))
+    return math.sqrt(sum(float(x.detach().cpu().double().square().sum()) for x in tensors))
 
 
 def _kept(radii: list[float], curve: list[float], level: float) -> float:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.batch import Batch
-from equipoise.boundary import Gradients
+from equipoise.engine.displaced import Displaced
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.targets import Targets
+from equipoise.engine.trunk_evaluation import TrunkEvaluation
 from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
-from equipoise.labels import Labels
-from equipoise.ranks import Ranks
-from equipoise.replay import Replay, devices_of, frozen_buffers, unchanged_on_error
-from equipoise.step_report import StepReport
+from equipoise.replay import devices_of, frozen_buffers, unchanged_on_error
+from equipoise.report import StepReport
 from equipoise.trunk import SharedTrunk
 
 
@@ -134,55 +134,34 @@ class LookaheadAffinity(_PairMean):
             TaskError: what is wrong with which task; nothing has changed then.
         """
         model = self._model[0]
-        labels = Labels(model.tasks, targets, masks, Ranks())
+        ranks = Ranks()
+        presence = Targets(model.tasks, targets, masks, ranks)
         found = torch.full_like(self.total, torch.nan, device="cpu")
         with unchanged_on_error(model, (), devices_of(model)) as random, frozen_buffers(model):
-            if labels.names:
-                found[torch.outer(labels.present, labels.present)] = self._look(
-                    model, inputs, labels
-                ).flatten()
+            if presence.names:
+                look = TrunkEvaluation(model, self.losses, inputs, presence, ranks, again=True)
+                found[torch.outer(presence.present, presence.present)] = self._look(look).flatten()
             random.restore()
         self._add(found.to(self.total.device))
         return found
 
-    def _look(self, model: SharedTrunk, inputs: Any, labels: Labels) -> Tensor:
+    def _look(self, look: TrunkEvaluation) -> Tensor:
         """(T', T') of the present tasks."""
+        names = look.presence.names
         with torch.enable_grad():
-            batch = Batch(model, self.losses, inputs, labels, Ranks(), True, Replay(model))
-            batch.heads_backward(torch.ones(len(labels.names), dtype=torch.float64))
-        before = [p.detach().clone() for p in batch.trunk_parameters]
-        after = torch.empty(len(labels.names), len(labels.names), dtype=torch.float64)
-        try:
-            for i in range(len(labels.names)):
-                own = batch.row(i, retain_graph=True)
-                gradient = batch.ranks.sum_gradients(own, batch.trunk_parameters)
-                _move(batch.trunk_parameters, before, gradient, self.lr)
-                with torch.no_grad():
-                    after[i] = _losses(batch)
-                # Here, for the next task's backward goes through these parameters.
-                _move(batch.trunk_parameters, before, [], 0.0)
-        finally:
-            _move(batch.trunk_parameters, before, [], 0.0)
-        for j, task in enumerate(labels.names):
+            look.look()
+            look.heads_backward(torch.ones(len(names)))
+        after = torch.empty(len(names), len(names), dtype=torch.float64)
+        with Displaced(look.shared) as trunk:
+            for i in range(len(names)):
+                own = look.row(i, retain_graph=True)
+                gradient = look.ranks.sum_gradients(own, look.shared)
+                trunk.move(list(zip(look.shared, gradient, strict=True)), -self.lr)
+                after[i] = look.trial_losses()
+                trunk.back()  # the next task's backward goes through these parameters
+        for j, task in enumerate(names):
             if not bool(after[:, j].isfinite().all()):
                 raise NonFiniteError(
                     task, f"loss is not finite after a lookahead with lr={self.lr}; lower it."
                 )
-        return torch.where(batch.losses != 0, 1 - after / batch.losses, torch.nan)
-
-
-def _losses(batch: Batch) -> Tensor:
-    """(T',) of the joint batch for the trunk as it is now, with the draws of the first pass."""
-    features = batch.features_again()
-    values = [batch.loss_again(k, features) for k in range(len(batch.labels.names))]
-    numbers = torch.tensor([0.0 if v is None else float(v) for v in values], dtype=torch.float64)
-    return batch.ranks.sum(numbers * batch.labels.shares)
-
-
-def _move(parameters: Any, values: list[Tensor], gradient: Gradients, lr: float) -> None:
-    """Set parameters to `values`, minus lr times the gradient where there is one."""
-    with torch.no_grad():
-        steps = gradient or [None] * len(values)
-        for p, value, g in zip(parameters, values, steps, strict=True):
-            # Through .data: the graph of the batch holds the parameter.
-            p.data.copy_(value if g is None else value - lr * g)
+        return torch.where(look.losses != 0, 1 - after / look.losses, torch.nan)

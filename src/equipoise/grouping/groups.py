@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.atomic import replacing
 from equipoise.errors import EquipoiseError
+from equipoise.files import replacing
 
 TENSORS = ("labels", "memberships", "distances", "centres", "silhouettes")
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.targets import labelled, refuse_unknown
 from equipoise.errors import EquipoiseError
 from equipoise.grouping.data_maps import DataMaps
 from equipoise.grouping.scores import Kind, refuse_kind, true_class_probability
-from equipoise.labels import labelled, refuse_unknown
-from equipoise.ranks import Ranks
 from equipoise.replay import RandomState, devices_of, evaluating, frozen_buffers
 from equipoise.trunk import SharedTrunk
 

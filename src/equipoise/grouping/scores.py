@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from equipoise.engine.targets import labelled, refuse_unknown
 from equipoise.errors import NonFiniteError, TaskError
-from equipoise.labels import labelled, refuse_unknown
 
 Kind = Literal["binary", "classification", "regression"]
 KINDS = ("binary", "classification", "regression")

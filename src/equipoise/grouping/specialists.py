@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from equipoise.atomic import replacing
 from equipoise.errors import EquipoiseError, TaskError
+from equipoise.files import replacing
 from equipoise.grouping.groups import Groups
 from equipoise.grouping.scores import KINDS, Kind
 from equipoise.recipe import Recipe

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.diagnostics import conflict_share, delta_m
+from equipoise.engine.rows import gram_of
 from equipoise.lab.data.base import Baseline, Batch
 from equipoise.lab.tasks import Task
 from equipoise.trunk import SharedTrunk
@@ -90,8 +91,7 @@ def conflict(
                 task.loss(output, target) if len(target) else output.sum()
                 for task, (output, target) in zip(tasks, pairs, strict=True)
             ]
-        rows = torch.stack([_flat_gradient(loss, shared) for loss in losses]).double()
-        grams.append(rows @ rows.T)
+        grams.append(gram_of(losses, shared))
     return mean_conflict(grams)
 
 
@@ -104,11 +104,3 @@ def labelled(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Output and target of the samples whose target is not missing (NaN)."""
     missing = target.isnan().reshape(len(target), -1).any(1)
     return output[~missing], target[~missing]
-
-
-def _flat_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """(P,) the gradient of `loss`; zeros for the parameters that it does not reach."""
-    found = torch.autograd.grad(
-        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return torch.cat([gradient.flatten() for gradient in found])

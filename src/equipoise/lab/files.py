@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from equipoise.atomic import replacing
 from equipoise.errors import EquipoiseError
+from equipoise.files import replacing
 
 
 class DamagedError(EquipoiseError, ValueError):

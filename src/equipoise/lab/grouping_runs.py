@@ -10,7 +10,6 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from equipoise.combinations import known_coefficients
 from equipoise.grouping import (
     DataMaps,
     GradientAffinity,
@@ -23,7 +22,8 @@ from equipoise.lab import grouping_figures, runs
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.data import Data, loader
 from equipoise.lab.files import write_text
-from equipoise.step import StepReport
+from equipoise.report import StepReport
+from equipoise.step import Step
 
 EVERY = 10
 """Batches from one lookahead to the next: with as many, TAG loses little (arXiv 2109.04617)."""
@@ -143,8 +143,7 @@ class GradientsRun(AffinityRun):
     def __init__(self, config: RunConfig, data: Data | None = None) -> None:
         super().__init__(config, data)
         self.affinity = self.cosines = GradientAffinity(self.model.tasks)
-        n_tasks = len(self.model.tasks)
-        if hasattr(self.step, "aggregator") and known_coefficients(self.step, n_tasks) is None:
+        if isinstance(self.step, Step) and self.step.forms_gram:
             return
         raise ConfigError(
             f"the recipe {config.recipe} forms no inner products of gradients; for groups by "

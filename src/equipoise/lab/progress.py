@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from equipoise.step import StepReport
+from equipoise.report import StepReport
 
 Losses = Mapping[str, float]
 SHOWN_TASKS = 3  # more would not fit in a line

@@ -33,7 +33,8 @@ from equipoise.lab.files import (
 from equipoise.lab.results import Result, described, upgraded
 from equipoise.lab.schedules import Schedule
 from equipoise.recipe import Recipe
-from equipoise.step import StepReport
+from equipoise.report import StepReport
+from equipoise.trunk import SharedTrunk
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces its precision
 
@@ -120,7 +121,7 @@ class Run:
             seed=config.seed, task_weights=config.task_weights,
         )  # fmt: skip
         self.schedule = Schedule(config.schedule, self.step.optimizer)
-        self.model = self.step.model  # for the baseline, one network a task
+        self.model = cast(SharedTrunk, self.step.model)  # for the baseline, one network a task
         self.rows: list[dict[str, Any]] = []
         self.best: list[dict[str, Any]] = []  # one for each group of tasks that share a network
 

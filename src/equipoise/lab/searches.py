@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from equipoise.lab import figures
 from equipoise.lab.pages import Section, picture
-from equipoise.step_report import StepReport
+from equipoise.report import StepReport
 
 SIZE, LEAST, LARGEST = "step/size", "step/least", "step/largest"
 TRIALS, REJECTED = "step/trials", "step/rejected"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -26,11 +27,13 @@ class LineSearch:
         level: the level, "parameters" or "features", at which it needs the gradients.
         moves: "gradient" where steps go along the direction itself, and the optimizer has to be
             plain SGD; "optimizer" where they go along what the optimizer makes of it.
+        verify: whether a step that was found among features is checked in the parameters.
         bound: the step size that is tried first in the next step.
     """
 
     level: str = "parameters"
     moves: str = "gradient"
+    verify: bool = False
 
     def __init__(
         self,
@@ -176,3 +179,24 @@ class LineSearch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self._steps, self._adapted = state["steps"], state["adapted"]
+
+
+class LatentLineSearch(LineSearch, ABC):
+    """A line search whose trials move the features, for which the heads alone are evaluated."""
+
+    level = "features"
+
+    @property
+    @abstractmethod
+    def needs_lengths(self) -> bool:
+        """Whether `scale` wants the two lengths."""
+
+    @abstractmethod
+    def scale(self, squared_step: float, squared_direction: float, samples: int) -> float:
+        """How far the features move for each unit of step size.
+
+        Args:
+            squared_step: |J^T d_z|^2, the length of the trunk's step.
+            squared_direction: |d_z|^2; 0 if the trunk does not move.
+            samples: of the batch.
+        """

@@ -6,12 +6,12 @@ import math
 
 from torch import Tensor
 
-from equipoise.line_search.base import LineSearch, Objective, Rule
+from equipoise.line_search.base import LatentLineSearch, Objective, Rule
 
 SCALES = ("matched", "batch")
 
 
-class FastBacktracking(LineSearch):
+class FastBacktracking(LatentLineSearch):
     """FBLS: trial steps among the features, for which the heads alone are evaluated.
 
     Algorithm 4.2 of the thesis on fast line search for multi-task models, as corrected: with z
@@ -58,8 +58,6 @@ class FastBacktracking(LineSearch):
     backwards. A step that fails it costs what one of `Backtracking` costs. Memory: the features
     T + 1 times, the heads once more. State: a count of steps, the adapted bound.
     """
-
-    level = "features"
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from equipoise.errors import NonFiniteError
-from equipoise.random import GeneratorState
+from equipoise.generators import GeneratorState
 from equipoise.replay import copy_of_buffers, put_back
 from equipoise.weighting.base import EpochMean, check_steps_per_epoch, softmax_over
 from equipoise.weighting.positive import SOLVED

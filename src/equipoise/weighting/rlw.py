@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equipoise.random import GeneratorState
+from equipoise.generators import GeneratorState
 from equipoise.weighting.base import Weighting
 
 

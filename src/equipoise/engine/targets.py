@@ -1,4 +1,4 @@
-"""What a batch must look like: absent tasks, missing labels, masks, scalar losses."""
+"""Which tasks take part in a step; what a batch must look like: missing labels, masks, losses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,46 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError, TaskError, nearest
-from equipoise.ranks import Ranks
 
 
-class Labels:
+class Presence:
+    """Which of the T tasks take part in a step, and which part of each this process holds.
+
+    Args:
+        tasks: all task names, in order.
+        counts: (T) how many labelled samples of each task this process holds.
+        ranks: the processes that train together.
+
+    Attributes:
+        tasks: all T tasks.
+        names: the T' tasks that have a label in some process, in order.
+        present: (T,) bool, True for these.
+        shares: (T',) float64, the part of each one's labelled samples that this process holds.
+    """
+
+    def __init__(self, tasks: Sequence[str], counts: Sequence[float], ranks: Ranks) -> None:
+        self.tasks = tuple(tasks)
+        here = torch.tensor(counts, dtype=torch.float64)
+        totals = ranks.sum(here.clone())
+        self.present = totals > 0
+        self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
+        self.shares = (here / totals)[self.present]
+        self._here = {task for task, count in zip(tasks, counts, strict=True) if count}
+
+    def here(self, task: str) -> bool:
+        """Whether this process has a label of the task."""
+        return task in self._here
+
+    def spread(self, values: Tensor, absent: float = 0.0) -> Tensor:
+        """Values (T',) of the present tasks as (T,) float64 on the CPU."""
+        full = torch.full(self.present.shape, absent, dtype=torch.float64)
+        full[self.present] = values.detach().to("cpu", torch.float64)
+        return full
+
+
+class Targets(Presence):
     """The targets of one batch, without the samples that have none.
 
     A task may be absent from `targets` altogether. Within a task, samples whose target holds a
@@ -25,12 +60,6 @@ class Labels:
         masks: task name -> bool tensor (B,), True for samples that count; tasks may be left out.
         ranks: the processes that train together.
         left_out: positions of tasks whose labels do not count.
-
-    Attributes:
-        tasks: all T tasks.
-        names: the T' tasks that have a label in some process, in order.
-        present: (T,) bool, True for these.
-        shares: (T',) float64, the part of each one's labelled samples that this process holds.
 
     Raises:
         EquipoiseError: `targets` is empty.
@@ -48,12 +77,7 @@ class Labels:
         self._left_out = {tasks[i] for i in left_out}
         with ranks.agreeing():
             self._take(tuple(tasks), targets, {} if masks is None else masks)
-        counts = torch.tensor([self._count(task) for task in tasks], dtype=torch.float64)
-        totals = ranks.sum(counts.clone())
-        self.present = totals > 0
-        self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
-        self.shares = (counts / totals)[self.present]
-        self._here = {task for task, count in zip(tasks, counts.tolist(), strict=True) if count}
+        super().__init__(tasks, [self._count(task) for task in tasks], ranks)
 
     def _take(
         self, tasks: tuple[str, ...], targets: Mapping[str, Any], masks: Mapping[str, Tensor]
@@ -66,7 +90,6 @@ class Labels:
         refuse_unknown({"target": targets, "mask": masks}, tasks)
         if not targets:
             raise EquipoiseError("targets is empty; give at least one task's target.")
-        self.tasks = tasks
         self._targets = targets
         self._keep = {task: labelled(task, targets[task], masks.get(task)) for task in targets}
 
@@ -78,16 +101,6 @@ class Labels:
             return float(keep.sum())
         target = self._targets[task]
         return float(len(target)) if isinstance(target, Tensor) and target.dim() else 1.0
-
-    def here(self, task: str) -> bool:
-        """Whether this process has a label of the task."""
-        return task in self._here
-
-    def spread(self, values: Tensor, absent: float = 0.0) -> Tensor:
-        """Values (T',) of the present tasks as (T,) float64 on the CPU."""
-        full = torch.full(self.present.shape, absent, dtype=torch.float64)
-        full[self.present] = values.detach().to("cpu", torch.float64)
-        return full
 
     def pair(self, task: str, output: Any) -> tuple[Any, Any]:
         """The output and the target of a task, for the samples that count."""

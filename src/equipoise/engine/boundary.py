@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from equipoise.engine.gradients import Gradients
 from equipoise.linalg import gram_matrix
-
-Gradients = list[Tensor | None]
 
 
 class Boundary:
@@ -81,7 +80,7 @@ def through_trunk(
 ) -> Gradients:
     """Gradients of the trunk's parameters from gradients of its outputs: one trunk backward.
 
-    With `create_graph` they can be derived by the gradients of the outputs (`along_trunk`).
+    With `create_graph` they can be differentiated by the gradients of the outputs (`along_trunk`).
     """
     ends = [z for z, g in zip(outputs, gradients, strict=True) if g is not None]
     if not ends or not parameters:

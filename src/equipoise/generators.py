@@ -46,7 +46,13 @@ def twin(stage: Any) -> Any:
     Its generator starts from a number that the original's would draw, which does not move.
     """
     copy = deepcopy(stage)
-    generator = getattr(copy, "generator", None)
-    if isinstance(generator, torch.Generator):
+    generator = generator_of(copy)
+    if generator is not None:
         generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
     return copy
+
+
+def generator_of(stage: Any) -> torch.Generator | None:
+    """The private generator from which a stage draws; None if it has none."""
+    generator = getattr(stage, "generator", None)
+    return generator if isinstance(generator, torch.Generator) else None

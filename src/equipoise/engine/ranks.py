@@ -17,10 +17,14 @@ from equipoise.errors import EquipoiseError
 
 
 class Ranks:
-    """All processes of the default group, or this one alone if there is no group."""
+    """All processes of the default group, or this one alone if there is no group.
 
-    def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
+    Args:
+        together: False: this process alone, whatever group there is.
+    """
+
+    def __init__(self, together: bool = True) -> None:
+        together = together and dist.is_available() and dist.is_initialized()
         self.size: int = dist.get_world_size() if together else 1
         self.rank: int = dist.get_rank() if together else 0
         # What lies on the CPU travels on the GPU where the backend knows nothing else.

@@ -9,14 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from equipoise.boundary import Gradients
+from equipoise.engine.gradients import Gradients
+from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
 from equipoise.linalg import gram_matrix, inner_products
-from equipoise.ranks import Ranks
 
 
 class Rows:
     """The task gradients of the shared parameters: one (T, P) buffer, filled row by row.
+
+    The buffer holds gradients of the raw losses. What multiplies the losses enters the inner
+    products and the coefficients (f_i f_j G_ij, f_i c_i), so that it need not be known before the
+    backward passes; `multiply` puts it into the buffer, for what looks at the rows themselves.
 
     Among several processes a row is summed over them as soon as it is filled, and each process
     keeps its slice of P / processes columns only.
@@ -25,6 +29,10 @@ class Rows:
         parameters: the shared parameters; P counts their numbers.
         n_tasks: T.
         ranks: the processes that train together.
+
+    Attributes:
+        factors: (filled,) what the rows in the buffer are still to be multiplied by; None: ones.
+        multiplied: (filled,) what they have been multiplied by; None: ones.
 
     Raises:
         EquipoiseError: the parameters lie on several devices.
@@ -65,6 +73,8 @@ class Rows:
     def clear(self) -> None:
         """Forget which rows were filled and which parameters they reached."""
         self._filled = 0
+        self.factors: Tensor | None = None
+        self.multiplied: Tensor | None = None
         self._version = self.buffer._version
         self._reached = [False] * len(self.parameters)
 
@@ -100,7 +110,9 @@ class Rows:
 
     def mean(self) -> Tensor:
         """(P,) the mean of the filled rows on every process."""
-        return self.ranks.gather(self.filled.mean(0))[: sum(self._sizes)]
+        if self.factors is None:
+            return self.ranks.gather(self.filled.mean(0))[: sum(self._sizes)]
+        return self.combine(torch.full_like(self.factors, 1 / self._filled))[: sum(self._sizes)]
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
         """Views of a vector (P,), shaped as the parameters."""
@@ -141,20 +153,36 @@ class Rows:
         """(filled rows, columns of this process)."""
         return self.buffer[: self._filled]
 
+    def weigh(self, factors: Tensor) -> None:
+        """Multiply all rows by factors (filled,), float64 on the CPU, at no cost."""
+        if bool((factors != 1).any()):
+            self.factors = factors.detach()
+
+    def multiply(self) -> None:
+        """Let the buffer hold the rows as they are, times their factors."""
+        if self.factors is not None:
+            self.filled.mul_(self.factors.to(self.buffer)[:, None])
+            self.multiplied, self.factors = self.factors, None
+            self._version = self.buffer._version
+
     def gram(self) -> Tensor:
-        """(filled, filled) inner products over all P columns, float64."""
-        return self.ranks.sum(gram_matrix(self.filled))
+        """(filled, filled) inner products over all P columns, float64 on the CPU."""
+        gram = self.ranks.sum(gram_matrix(self.filled)).cpu()  # the one copy to the host
+        if self.factors is None:
+            return gram
+        return gram * torch.outer(self.factors, self.factors).to(gram)
 
     def products(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:
         """(filled,) products with a direction (P,), float64 on the CPU.
 
         Args:
             direction: the same on every process.
-            rows: a copy of `filled`; None: the rows as they are.
+            rows: an earlier copy of `filled`; None: the rows as they are.
         """
         rows = self.filled if rows is None else rows
         own = self.ranks.own_part(direction, rows.shape[1])
-        return self.ranks.sum(inner_products(rows[:, : len(own)], own)).cpu()
+        found = self.ranks.sum(inner_products(rows[:, : len(own)], own)).cpu()
+        return found if self.factors is None else found * self.factors.to(found)
 
     def joined(self, pieces: Gradients) -> Tensor:
         """(P,) one vector from pieces shaped as the parameters; None is zeros."""
@@ -166,10 +194,13 @@ class Rows:
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """(P,) sum of coefficient times row."""
+        if self.factors is not None:
+            coefficients = coefficients * self.factors
         return self.ranks.gather(coefficients.to(self.buffer) @ self.filled)
 
     def whole(self) -> Tensor:
         """(filled, P) the rows in full on every process: for what needs more than products."""
+        self.multiply()
         return self.ranks.gather(self.filled)[:, : sum(self._sizes)]
 
     def per_parameter(self, direction: Tensor) -> Gradients:
@@ -196,3 +227,18 @@ def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     for dtype_of_one in {p.dtype for p in parameters}:
         dtype = torch.promote_types(dtype, dtype_of_one)
     return dtype
+
+
+def gram_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """(T, T) inner products of the gradients of T losses, of this process, float64 on the CPU.
+
+    Costs T backward passes and T x P numbers.
+
+    Args:
+        losses: scalars with a graph, which is kept.
+        parameters: by which they are differentiated; zeros where a loss does not reach them.
+    """
+    rows = Rows(parameters, len(losses), Ranks(together=False))
+    for loss in losses:
+        rows.add(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+    return rows.gram()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from equipoise.combine import Combination
-from equipoise.labels import Labels
-
-if TYPE_CHECKING:
-    from equipoise.searched import Found
+from equipoise.engine.direction import Combination
+from equipoise.engine.factors import Factors
+from equipoise.engine.search_pass import Found
+from equipoise.engine.targets import Presence
 
 
 @dataclass(frozen=True)
@@ -80,52 +79,51 @@ class StepReport:
         return cls(tasks, zeros * torch.nan, zeros, zeros, zeros, None, 0.0, accepted=False)
 
     @classmethod
-    def of_present(
+    def of(
         cls,
-        labels: Labels,
+        presence: Presence,
         losses: Tensor,
-        weights: Tensor,
-        factors: Tensor,
+        weighted: Factors,
         result: Combination,
         norm: float,
         found: Found | None = None,
     ) -> StepReport:
         """From the values (T',) of the present tasks to all T."""
-        (w, gram), (flat_w, flat_gram) = (_of_all(labels, part) for part in (result, result.flat))
+        (w, gram), (flat_w, flat_gram) = (_of_all(presence, part) for part in (result, result.flat))
         return cls(
-            tasks=labels.tasks,
-            losses=labels.spread(losses, torch.nan),
-            weights=labels.spread(weights),
-            factors=labels.spread(factors),
+            tasks=presence.tasks,
+            losses=presence.spread(losses, torch.nan),
+            weights=presence.spread(weighted.weights),
+            factors=presence.spread(weighted.factors),
             coefficients=w,
             gram=gram,
             direction_norm=norm,
             flat_coefficients=flat_w,
             flat_gram=flat_gram,
             fallback=result.fallback,
-            **({} if found is None else _of_search(labels, found)),
+            **({} if found is None else _of_search(presence, found)),
         )
 
 
-def _of_search(labels: Labels, found: Found) -> dict[str, Any]:
+def _of_search(presence: Presence, found: Found) -> dict[str, Any]:
     losses = found.losses
     return {
         "step_size": found.step_size,
         "trials": found.trials,
         "accepted": found.accepted,
         "verified": found.verified,
-        "slopes": labels.spread(found.slopes),
-        "trial_losses": None if losses is None else labels.spread(losses, torch.nan),
+        "slopes": presence.spread(found.slopes),
+        "trial_losses": None if losses is None else presence.spread(losses, torch.nan),
     }
 
 
-def _of_all(labels: Labels, result: Combination | None) -> tuple[Tensor | None, Tensor | None]:
+def _of_all(presence: Presence, result: Combination | None) -> tuple[Tensor | None, Tensor | None]:
     """Coefficients (T,) and gram (T, T), with zeros for the tasks that are absent."""
     if result is None:
         return None, None
-    present, w = labels.present, result.coefficients
+    present, w = presence.present, result.coefficients
     gram = None
     if result.gram is not None:
         gram = torch.zeros(len(present), len(present), dtype=torch.float64)
         gram[torch.outer(present, present)] = result.gram.to(torch.float64).flatten()
-    return None if w is None else labels.spread(w), gram
+    return None if w is None else presence.spread(w), gram

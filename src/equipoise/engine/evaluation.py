@@ -1,0 +1,192 @@
+"""The contract between a step and a network: losses, their gradients, and further looks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.engine.gradients import Gradients
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.rows import Rows
+from equipoise.engine.targets import Presence
+from equipoise.errors import NonFiniteError
+from equipoise.linalg import finite_norm
+
+Moving = Callable[[int], AbstractContextManager[Any]]
+"""Position of a present task -> a context in which that task's own parameters are moved."""
+
+
+class Evaluation(ABC):
+    """One batch on its way through a network, and the backward passes that are asked of it.
+
+    It is made in two parts: the constructor finds out which tasks are present, `look` makes the
+    forward pass. Gradients are those of the raw losses of the joint batch. A further look sees the
+    parameters as they are by then, with the draws and from the buffers of the first look, and
+    leaves buffers and random generators as they are.
+
+    Attributes:
+        presence: which T' of the T tasks take part.
+        ranks: the processes that train together.
+        shared: the shared parameters that are not frozen; their numbers are the P columns of rows.
+        own: for each present task the parameters that follow its own loss.
+        losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
+            called.
+    """
+
+    presence: Presence
+    ranks: Ranks
+    shared: list[Tensor]
+    own: list[list[Tensor]]
+    losses: Tensor
+
+    @abstractmethod
+    def look(self, apart: bool = True) -> None:
+        """Make the forward pass.
+
+        Args:
+            apart: whether the tasks' gradients are wanted one by one; False: only the sum of all,
+                equally weighted, which some networks get for less.
+
+        Raises:
+            TaskError: a loss is not a scalar, not connected to the network, or not finite.
+            EquipoiseError: no gradient can reach the shared parameters.
+        """
+
+    @abstractmethod
+    def fill(self, rows: Rows) -> list[Gradients]:
+        """Fill a row with each present task's gradient of the shared parameters.
+
+        Costs T' backward passes. Returns the gradients of each task's own parameters.
+        """
+
+    @abstractmethod
+    def backward(self, coefficients: Tensor, factors: Tensor) -> tuple[Gradients, list[Gradients]]:
+        """The gradients of sums of the losses, without any rows.
+
+        Args:
+            coefficients: (T',) the weighted losses' coefficients, for the shared parameters.
+            factors: (T',) what multiplies each loss, for both.
+
+        Returns:
+            Gradients of the shared parameters, and of each task's own ones. A parameter that
+            several tasks own has its whole gradient at the first of them.
+        """
+
+    @abstractmethod
+    def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
+        """Further look: the losses of some present tasks, with their graphs.
+
+        Args:
+            tasks: positions among the present tasks.
+
+        Returns:
+            A scalar for each of them, over this process's samples; None where it has none.
+        """
+
+    @abstractmethod
+    def own_again(
+        self, tasks: Sequence[int], moving: Moving
+    ) -> list[tuple[Tensor | None, Gradients]]:
+        """Further look: losses and gradients of own parameters, each task's own being moved.
+
+        The shared parameters stay where they are. Returns for each of `tasks` this process's
+        loss, detached, and the gradients of the joint batch.
+        """
+
+    @abstractmethod
+    def trial_losses(self) -> Tensor:
+        """Further look: (T',) losses of the joint batch, float64 on the CPU, of any value."""
+
+    # ------------------------------------------------------------------ what both have
+
+    def own_gradients(self, k: int, value: Tensor | None) -> Gradients:
+        """Gradients of the k-th present task's own parameters by its loss, of all processes."""
+        found: Gradients = [None] * len(self.own[k])
+        if value is not None and value.requires_grad and self.own[k]:
+            seed = self.seed(k, value)
+            found = list(torch.autograd.grad(value, self.own[k], seed, allow_unused=True))
+        return self.ranks.sum_gradients(found, self.own[k])
+
+    def seed(self, k: int, value: Tensor, weight: float = 1.0) -> Tensor:
+        """What the loss of the k-th present task is multiplied by: this process's share of it."""
+        return value.new_tensor(weight * float(self.presence.shares[k]))
+
+    def joint(self, values: Sequence[Tensor | None]) -> Tensor:
+        """(T',) the losses of the joint batch from those of this process, float64 on the CPU."""
+        known = [value.detach() for value in values if value is not None]
+        here = torch.zeros(len(values), dtype=torch.float64)
+        if known:  # one copy to the host for all
+            common = known[0].device
+            numbers = torch.stack([value.to(common) for value in known])
+            here[[value is not None for value in values]] = numbers.to("cpu", torch.float64)
+        return self.ranks.sum(here if self.ranks.alone else here * self.presence.shares)
+
+    def refuse_infinite_losses(self) -> None:
+        """Raise NonFiniteError if a loss is NaN or infinite."""
+        finite = torch.isfinite(self.losses)
+        if not bool(finite.all()):
+            k = int((~finite).nonzero()[0])
+            raise NonFiniteError(
+                self.presence.names[k],
+                f"loss is {float(self.losses[k])}. Lower the learning rate, or leave this batch "
+                "out.",
+            )
+
+    def losses_or_nan(self) -> Tensor:
+        """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""
+        try:
+            self.look()
+        except NonFiniteError:  # the next step will say so
+            return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
+        return self.presence.spread(self.losses, torch.nan)
+
+    def culprit(self, rows: Rows) -> str | None:
+        """The first task with a gradient that is not finite; slow, for the error message.
+
+        Args:
+            rows: a buffer that may be filled.
+        """
+        own = self.fill(rows)
+        lengths = rows.gram().diagonal()
+        for k, task in enumerate(self.presence.names):
+            if finite_norm(own[k]) is None or not bool(torch.isfinite(lengths[k])):
+                return task
+        return None
+
+
+class Network(ABC):
+    """What is trained, seen from a step; makes an `Evaluation` of each batch.
+
+    Attributes:
+        tasks: the T task names.
+        module: the network; parameters of losses are not in it.
+        has_features: whether gradients of the features can be taken (`TrunkEvaluation`).
+        shares_nothing: whether it is one network for each task, so that nothing is shared.
+        has_state: whether it has a `state_dict`, of what it has learned about its structure.
+    """
+
+    tasks: tuple[str, ...]
+    module: nn.Module
+    has_features: bool = False
+    shares_nothing: bool = False
+    has_state: bool = False
+
+    @abstractmethod
+    def evaluate(self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool) -> Any:
+        """Take a batch.
+
+        Args:
+            batch: what a step was called with.
+            ranks: the processes that train together.
+            left_out: positions of tasks that take no part, whatever the batch says.
+            again: whether further looks will be asked for.
+        """
+
+    @abstractmethod
+    def forget_gradients(self) -> None:
+        """Free the gradients of all parameters that a step may give one to."""

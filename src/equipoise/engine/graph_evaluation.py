@@ -1,0 +1,259 @@
+"""One batch through any network: a closure that gives the losses, and can be called again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.engine.evaluation import Evaluation, Moving, Network
+from equipoise.engine.gradients import Gradients
+from equipoise.engine.partition import Partition
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.rows import Rows
+from equipoise.engine.targets import Presence, check_loss
+from equipoise.errors import EquipoiseError, TaskError, nearest
+from equipoise.replay import Replay
+
+Closure = Callable[[], Mapping[str, Any]]
+
+
+class GraphNetwork(Network):
+    """Any module; batches are closures that return the losses by task name.
+
+    Args:
+        module: the network.
+        partition: which of its parameters are shared.
+        for_each_task: the stage that needs to know which one task a parameter belongs to; None:
+            there is none.
+        needs_rows: the aggregator that looks at what is shared; None: it does not.
+    """
+
+    has_state = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        partition: Partition,
+        for_each_task: str | None,
+        needs_rows: str | None,
+    ) -> None:
+        self.module = module
+        self.partition = partition
+        self.tasks = partition.tasks
+        self.for_each_task = for_each_task
+        self.needs_rows = needs_rows
+
+    def evaluate(
+        self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
+    ) -> GraphEvaluation:
+        """Call the closure.
+
+        Raises:
+            TaskError: a task that was not named when the Step was built, or a loss that is no
+                scalar.
+            EquipoiseError: not a closure, or it returned no dict of losses.
+        """
+        closure, targets, masks = batch
+        if not callable(closure) or targets is not None or masks is not None:
+            raise EquipoiseError(
+                "a Step that was built with a list of task names takes step(closure), a callable "
+                "that returns task name -> loss; for step(inputs, targets) give it a SharedTrunk "
+                "and a dict of losses."
+            )
+        return GraphEvaluation(self, closure, ranks, left_out, again)
+
+    def forget_gradients(self) -> None:
+        """Free the gradients of all parameters that are known."""
+        for parameter in self.partition.names:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the tasks have reached."""
+        return self.partition.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        self.partition.load_state_dict(state)
+
+
+class GraphEvaluation(Evaluation):
+    """The losses of one call of the closure; then backward passes, and further calls.
+
+    Args:
+        network: what is trained.
+        closure: returns task name -> scalar loss, or -> (loss, number of samples).
+        ranks: the processes that train together.
+        left_out: positions of tasks whose losses do not count.
+        again: whether there will be further calls, for which draws and buffers are recorded.
+    """
+
+    def __init__(
+        self,
+        network: GraphNetwork,
+        closure: Closure,
+        ranks: Ranks,
+        left_out: frozenset[int],
+        again: bool,
+    ) -> None:
+        self.network = network
+        self.closure = closure
+        self.ranks = ranks
+        self.left_out = {network.tasks[i] for i in left_out}
+        self.replay = Replay(network.module) if again else None
+        with ranks.agreeing(), ExitStack() as recording:
+            if self.replay is not None:
+                recording.enter_context(self.replay.recording(None))
+            found = self._call()
+        counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
+        self.presence = Presence(network.tasks, counts, ranks)
+        self.values = self._of_present(found)
+
+    def _call(self) -> dict[str, tuple[Tensor, float]]:
+        """Task name -> loss and number of samples, checked."""
+        with torch.enable_grad():  # networks that differentiate by their inputs need it always
+            given = self.closure()
+        if not isinstance(given, Mapping):
+            raise EquipoiseError(
+                f"the closure returned a {type(given).__name__}; it must return a dict, task name "
+                "-> scalar loss."
+            )
+        tasks, found = self.network.tasks, {}
+        for task, loss in given.items():
+            if task not in tasks:
+                raise TaskError(
+                    str(task),
+                    "has a loss, but the Step was built with other tasks; "
+                    + nearest(str(task), tasks),
+                )
+            count = 1.0
+            if isinstance(loss, tuple) and len(loss) == 2:
+                loss, count = loss[0], float(loss[1])
+            check_loss(task, loss)
+            if not loss.requires_grad:
+                raise TaskError(task, "loss is not connected to the network; was it detached?")
+            if not 0 <= count < float("inf"):
+                raise TaskError(task, f"has {count} samples; give a number from 0 on.")
+            if task not in self.left_out and count > 0:
+                found[task] = loss, count
+        return found
+
+    def _of_present(self, found: Mapping[str, tuple[Tensor, float]]) -> list[Tensor | None]:
+        return [found[task][0] if task in found else None for task in self.presence.names]
+
+    # ------------------------------------------------------------------ the first look
+
+    def look(self, apart: bool = True) -> None:
+        """Find out what is shared; the closure has been called already."""
+        network, partition = self.network, self.network.partition
+        values = zip(self.presence.names, self.values, strict=True)
+        partition.update({task: v for task, v in values if v is not None}, self.ranks)
+        if network.for_each_task is not None:
+            partition.refuse_common(network.for_each_task)
+        self.shared = partition.shared
+        self.own = [partition.own(task) for task in self.presence.names]
+        if not self.shared and len(self.own) > 1 and network.needs_rows is not None:
+            raise EquipoiseError(
+                f"no parameter is reached by two tasks, so that {network.needs_rows} has nothing "
+                "to combine. Use Sum, or say by `shared` what is shared."
+            )
+        self.losses = self.joint(self.values)
+        self.refuse_infinite_losses()
+
+    # ------------------------------------------------------------------ backward
+
+    def _gradients(
+        self, values: Sequence[Tensor | None], weights: Sequence[float], of: Sequence[Tensor]
+    ) -> Gradients:
+        """Gradients of the weighted sum of this process's losses; the graph is kept."""
+        pairs = [
+            (value, self.seed(k, value, weight))
+            for k, (value, weight) in enumerate(zip(values, weights, strict=True))
+            if value is not None
+        ]
+        if not pairs or not of:
+            return [None] * len(of)
+        ends, starts = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(ends, of, starts, retain_graph=True, allow_unused=True))
+
+    def fill(self, rows: Rows) -> list[Gradients]:
+        """One backward for each task through the whole graph, which is freed."""
+        rows.clear()
+        found, cut = [], len(self.shared)
+        for k, own in enumerate(self.own):
+            weights = [float(i == k) for i in range(len(self.own))]
+            values = [v if i == k else None for i, v in enumerate(self.values)]
+            gradients = self._gradients(values, weights, [*self.shared, *own])
+            rows.add(gradients[:cut])
+            found.append(self.ranks.sum_gradients(gradients[cut:], own))
+        self._free()
+        return found
+
+    def backward(self, coefficients: Tensor, factors: Tensor) -> tuple[Gradients, list[Gradients]]:
+        """One backward for all losses; a second one where the coefficients differ."""
+        owned = list(dict.fromkeys(itertools.chain(*self.own)))
+        weights, cut = factors.tolist(), len(self.shared)
+        common = float(coefficients[0])
+        if bool((coefficients == common).all()):
+            both = self._gradients(self.values, weights, [*self.shared, *owned])
+            shared, own = both[:cut], both[cut:]
+            if common != 1:
+                shared = [None if g is None else g * common for g in shared]
+        else:
+            own = self._gradients(self.values, weights, owned)
+            shared = self._gradients(self.values, (coefficients * factors).tolist(), self.shared)
+        self._free()
+        first = dict(zip(owned, self.ranks.sum_gradients(own, owned), strict=True))
+        by_task = [[first.pop(p, None) for p in of_one] for of_one in self.own]
+        return self.ranks.sum_gradients(shared, self.shared), by_task
+
+    def _free(self) -> None:
+        """Let go of the graph, for nobody asks for another backward of it."""
+        self.values = [None if v is None else v.detach() for v in self.values]
+
+    # ------------------------------------------------------------------ further looks
+
+    def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
+        """Call the closure once; the other tasks' losses are dropped."""
+        assert self.replay is not None
+        with self.ranks.agreeing(), self.replay.again(None):
+            found = self._call()
+            here = {task for task in self.presence.names if self.presence.here(task)}
+            for task in here ^ found.keys():
+                raise TaskError(
+                    task,
+                    "the closure returned a loss in one of its calls for this batch, and none in "
+                    "another; it must return the same tasks each time.",
+                )
+        values = self._of_present(found)
+        return [values[k] for k in tasks]
+
+    def own_again(
+        self, tasks: Sequence[int], moving: Moving
+    ) -> list[tuple[Tensor | None, Gradients]]:
+        """Call the closure once, with the own parameters of all these tasks moved."""
+        owned = [p for k in tasks for p in self.own[k]]
+        values: list[Tensor | None] = [None] * len(self.own)
+        with ExitStack() as moved:
+            for k in tasks:
+                moved.enter_context(moving(k))
+            again = self.losses_again(tasks)
+            for k, value in zip(tasks, again, strict=True):
+                values[k] = value
+            found = self._gradients(values, [1.0] * len(values), owned)
+        gradients = iter(self.ranks.sum_gradients(found, owned))
+        return [
+            (None if v is None else v.detach(), [next(gradients) for _ in self.own[k]])
+            for k, v in zip(tasks, again, strict=True)
+        ]
+
+    def trial_losses(self) -> Tensor:
+        """Call the closure once."""
+        torch.clear_autocast_cache()  # it holds half-precision copies of the parameters
+        values = self.losses_again(range(len(self.own)))
+        torch.clear_autocast_cache()
+        return self.joint([None if v is None else v.detach() for v in values])

@@ -1,0 +1,232 @@
+"""Which parameter is shared, and which belongs to which task, read off the graph of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.engine.ranks import Ranks
+from equipoise.errors import EquipoiseError, nearest
+
+Shared = nn.Module | Iterable[nn.Parameter] | Iterable[str] | str
+"""How a user says what is shared: a module, parameters, or patterns of their names."""
+
+
+class Partition:
+    """What each task reaches: found in the graphs of the losses, remembered from step to step.
+
+    Args:
+        module: the network, whose parameters have names.
+        tasks: the T task names.
+        optimizer: may hold parameters that are not in the network, as those of a loss.
+        shared: what is shared; None: what two or more tasks have reached so far.
+
+    Raises:
+        ValueError: `shared` names no parameter of the network; names the nearest.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tasks: Sequence[str],
+        optimizer: torch.optim.Optimizer,
+        shared: Shared | None,
+    ) -> None:
+        self.tasks = tuple(tasks)
+        self.names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        for g, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                self.names.setdefault(p, f"optimizer parameter {i} of group {g}")
+        self._given = None if shared is None else _chosen(module, shared, self.names)
+        self._reached: dict[Tensor, int] = {}  # bit i: task i reaches it
+        self._sort()
+
+    # ------------------------------------------------------------------ what has been found
+
+    def _sort(self) -> None:
+        order = [p for p in self.names if p.requires_grad]
+        reached = self._reached
+        if self._given is None:
+            self.shared = [p for p in order if reached.get(p, 0).bit_count() > 1]
+        else:
+            self.shared = [p for p in order if p in self._given]
+        excluded = set(self.shared)
+        own = [p for p in order if p in reached and p not in excluded]
+        self._own = [[p for p in own if reached[p] >> i & 1] for i in range(len(self.tasks))]
+        self._frozen = sum(not p.requires_grad for p in self.names)
+
+    def own(self, task: str) -> list[Tensor]:
+        """The parameters that follow this task's loss alone, or together with other tasks'."""
+        return self._own[self.tasks.index(task)]
+
+    def refuse_common(self, user: str) -> None:
+        """Refuse a parameter outside `shared` that several tasks reach, for the sake of a stage.
+
+        Raises:
+            EquipoiseError: there is one; names it and the tasks.
+        """
+        excluded = set(self.shared)
+        for p, mask in self._reached.items():
+            if mask.bit_count() > 1 and p not in excluded and p.requires_grad:
+                tasks = [repr(t) for i, t in enumerate(self.tasks) if mask >> i & 1]
+                raise EquipoiseError(
+                    f"parameter {self.names[p]!r} is reached by tasks {' and '.join(tasks)} but is "
+                    f"not in `shared`, and {user} needs to know whose it is. Add it to `shared`, "
+                    "or leave `shared` out."
+                )
+
+    # ------------------------------------------------------------------ finding
+
+    def update(self, losses: Mapping[str, Tensor], ranks: Ranks) -> None:
+        """Take note of what the graphs of this step's losses reach, on all processes.
+
+        Args:
+            losses: task name -> loss with its graph, of this process.
+            ranks: the processes that train together.
+        """
+        found = self._reached.copy()
+        for leaf, mask in reached_leaves(list(losses.values())).items():
+            if isinstance(leaf, nn.Parameter) or leaf in self.names:
+                self.names.setdefault(leaf, f"parameter {len(self.names)}, held by nobody")
+                found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
+        changed = found != self._reached or self._frozen != sum(
+            not p.requires_grad for p in self.names
+        )
+        if not ranks.alone:
+            changed = float(ranks.sum(torch.tensor(float(changed)))) > 0
+            if changed:
+                found = self._of_all(found, ranks)
+        if changed:
+            self._reached = found
+            self._sort()
+
+    def _by_position(self, mask: int, losses: Mapping[str, Tensor]) -> int:
+        """Bits in the order of this step's losses, put where the tasks have them."""
+        return sum(1 << self.tasks.index(t) for i, t in enumerate(losses) if mask >> i & 1)
+
+    def _of_all(self, found: dict[Tensor, int], ranks: Ranks) -> dict[Tensor, int]:
+        """What the tasks reach in any of the processes, which hold the same parameters."""
+        n_tasks = len(self.tasks)
+        bits = torch.tensor(
+            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names]
+        )
+        masks = [
+            sum(1 << i for i, count in enumerate(row) if count) for row in ranks.sum(bits).tolist()
+        ]
+        return {p: mask for p, mask in zip(self.names, masks, strict=True) if mask}
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameter name -> the names of the tasks that have reached it."""
+        tasks = self.tasks
+        return {
+            self.names[p]: [t for i, t in enumerate(tasks) if mask >> i & 1]
+            for p, mask in self._reached.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            KeyError: a parameter or a task that is not here.
+        """
+        by_name = {name: p for p, name in self.names.items()}
+        self._reached = {
+            by_name[name]: sum(1 << self.tasks.index(t) for t in tasks)
+            for name, tasks in state.items()
+            if name in by_name or not name.endswith("held by nobody")
+        }
+        self._sort()
+
+
+def reached_leaves(losses: Sequence[Tensor], stop: Iterable[Any] = ()) -> dict[Tensor, int]:
+    """The leaves of the graphs of several losses, each with a bit for each loss that reaches it.
+
+    One joint walk: bit i of a node is set if loss i reaches it, and nodes are visited after all
+    that lead to them.
+
+    Args:
+        losses: what the graphs end at.
+        stop: nodes beyond which the walk does not go.
+    """
+    stop = set(stop)
+    leaves: dict[Tensor, int] = {}
+    masks: dict[Any, int] = {}
+    for i, loss in enumerate(losses):
+        if loss.grad_fn is not None:
+            masks[loss.grad_fn] = masks.get(loss.grad_fn, 0) | 1 << i
+        elif loss.requires_grad:
+            leaves[loss] = leaves.get(loss, 0) | 1 << i
+    for node in reversed(below(list(masks), stop)):
+        mask = masks[node]
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves[variable] = leaves.get(variable, 0) | mask
+        for child, _ in node.next_functions:
+            if child is not None and child not in stop:
+                masks[child] = masks.get(child, 0) | mask
+    return leaves
+
+
+def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:
+    """All nodes of the graphs that end at `roots`, these included, each after those below it.
+
+    The order is the same everywhere. Nodes of `stop` are left out, and what only they lead to.
+    """
+    seen: set[Any] = set(stop)
+    order: list[Any] = []
+    todo = [(root, False) for root in roots if root not in seen]
+    while todo:
+        node, left = todo.pop()
+        if left:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            todo.append((node, True))
+            todo += [
+                (child, False)
+                for child, _ in node.next_functions
+                if child is not None and child not in seen
+            ]
+    return order
+
+
+def _chosen(module: nn.Module, shared: Shared, names: Mapping[Tensor, str]) -> set[Tensor]:
+    """The parameters that `shared` means."""
+    found: set[Tensor] = set()
+    if isinstance(shared, nn.Module):
+        found.update(shared.parameters())
+    else:
+        for part in [shared] if isinstance(shared, str) else list(shared):
+            found |= _matching(module, part) if isinstance(part, str) else {part}
+    if not found:
+        raise ValueError("shared holds no parameter; leave it out to let the graph decide.")
+    for p in found:
+        if not isinstance(p, Tensor) or p not in names:
+            what = f"shape {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(
+                f"shared holds something ({what}) that is a parameter neither of the network nor "
+                "of the optimizer."
+            )
+    return found
+
+
+def _matching(module: nn.Module, pattern: str) -> set[Tensor]:
+    """Parameters whose name matches, or that belong to the submodule of that name."""
+    named = dict(module.named_parameters())
+    found: set[Tensor] = {
+        p
+        for name, p in named.items()
+        if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+    }
+    if not found:
+        modules = [name for name, _ in module.named_modules() if name]
+        raise ValueError(
+            f"shared: no parameter is called {pattern!r}; {nearest(pattern, [*named, *modules])}"
+        )
+    return found

@@ -1,0 +1,96 @@
+"""All that a step may change: put back on an error, saved, and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from equipoise.engine.stages import Stateful
+from equipoise.errors import EquipoiseError, TaskError
+from equipoise.replay import RandomState, devices_of, unchanged_on_error
+
+
+@dataclass
+class Before:
+    """What there was when a step began.
+
+    Attributes:
+        random: the state of torch's global generators.
+        names: the present tasks, by which an error calls them, once they are known.
+    """
+
+    random: RandomState
+    names: Sequence[str] = ()
+
+
+@contextmanager
+def undone_on_error(
+    model: nn.Module, stages: Iterable[Stateful], devices: Iterable[torch.device]
+) -> Generator[Before]:
+    """On an error put everything back, and let the error call the task by its name.
+
+    Args:
+        model: whose buffers are put back.
+        stages: whose states are.
+        devices: whose random generators are, besides the CPU's.
+    """
+    before = None
+    try:
+        with unchanged_on_error(model, stages, devices) as random:
+            before = Before(random)
+            yield before
+    except TaskError as error:
+        raise (error if before is None else error.named(before.names)) from None
+
+
+def saved(
+    parts: Mapping[str, Stateful], stages: Mapping[str, str], model: nn.Module
+) -> dict[str, Any]:
+    """A copy of the states of all parts, and of torch's global random generators.
+
+    Args:
+        parts: by name, whatever has a state.
+        stages: the class of each stage by its name, by which a state is recognised.
+        model: says on which devices draws are made.
+    """
+    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    state["random"] = RandomState(devices_of(model)).state_dict()
+    state["stages"] = dict(stages)
+    return deepcopy(state)
+
+
+def load(
+    state: Mapping[str, Any],
+    parts: Mapping[str, Stateful],
+    stages: Mapping[str, str],
+    model: nn.Module,
+) -> None:
+    """Take over what `saved` gave.
+
+    Raises:
+        EquipoiseError: the state is of other stages or another model; nothing has changed then.
+    """
+    mine = saved(parts, stages, model)
+    if state.get("stages") != mine["stages"]:
+        raise EquipoiseError(
+            f"the state was saved with {state.get('stages')}, this Step has {mine['stages']}."
+        )
+    try:
+        _load(state, parts, model)
+    except (KeyError, RuntimeError, ValueError) as error:
+        _load(mine, parts, model)
+        raise EquipoiseError(f"the state does not fit this Step: {error}") from error
+
+
+def _load(state: Mapping[str, Any], parts: Mapping[str, Stateful], model: nn.Module) -> None:
+    for name, part in parts.items():
+        part.load_state_dict(deepcopy(state[name]))
+    random = RandomState(devices_of(model))
+    random.load_state_dict(state["random"])
+    random.restore()

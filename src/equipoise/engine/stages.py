@@ -1,0 +1,192 @@
+"""The four answers of a step, each adapted once, at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from equipoise.engine.adapters import (
+    AggregatorStage,
+    WeightingStage,
+    aggregator_stage,
+    weighting_stage,
+)
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.targets import Presence
+from equipoise.generators import generator_of, twin
+from equipoise.line_search.base import LineSearch
+from equipoise.sharpness import TaskSharpness
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Whatever can be saved and loaded."""
+
+    def state_dict(self) -> Any:
+        """What to save."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take it over."""
+
+
+class Descent(NamedTuple):
+    """What a line search asks of a direction.
+
+    Attributes:
+        holds: products (T',) of the tasks' gradients with it -> whether it will do.
+        instead: the aggregator whose direction is taken if not.
+    """
+
+    holds: Callable[[Tensor], bool]
+    instead: AggregatorStage
+
+
+@dataclass
+class Stages:
+    """The answers to the four questions, and the choices that come with them.
+
+    Attributes:
+        weighting: how much each loss counts.
+        aggregator: how gradients become one direction.
+        sharpness: from which points; None: from where the parameters are.
+        line_search: how far; None: as far as the optimizer says.
+        level: "parameters" or "features", of which rows are gradients.
+        given_level: the same as the user said it; None: not at all.
+        heads: "own" or "weighted".
+        flat: the aggregator of the flat rows, with a state of its own; without sharpness the same.
+        verifying: that of the parameters' rows, for a search among features that verifies.
+        descent: what the line search asks of a direction.
+    """
+
+    weighting: WeightingStage
+    aggregator: AggregatorStage
+    sharpness: TaskSharpness | None
+    line_search: LineSearch | None
+    level: str
+    given_level: str | None
+    heads: str
+    flat: AggregatorStage
+    verifying: AggregatorStage | None = None
+    descent: Descent | None = None
+    held: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        weighting: Callable[..., Tensor],
+        aggregator: Callable[..., Tensor],
+        sharpness: TaskSharpness | None,
+        line_search: LineSearch | None,
+        level: str | None,
+        heads: str,
+        descending: Callable[..., Tensor],
+    ) -> Stages:
+        """Adapt what the user gave.
+
+        Args:
+            weighting: as Step takes it, and so the others.
+            aggregator: likewise.
+            sharpness: likewise.
+            line_search: likewise.
+            level: None: the one that the line search needs, or else "parameters".
+            heads: likewise.
+            descending: an aggregator whose direction lets no loss grow, for a line search.
+        """
+        search = line_search if isinstance(line_search, LineSearch) else None
+        usual = "parameters" if search is None else search.level
+        stages = cls(
+            weighting_stage(weighting),
+            aggregator_stage(aggregator),
+            sharpness,
+            line_search,
+            usual if level is None else level,
+            level,
+            heads,
+            aggregator_stage(aggregator if sharpness is None else twin(aggregator)),
+        )
+        stages.held = {"weighting": weighting, "aggregator": aggregator}
+        if sharpness is not None:
+            stages.held |= {"sharpness": sharpness, "flat_aggregator": stages.flat.given}
+        if line_search is not None:
+            stages.held["line_search"] = line_search
+        if search is not None:
+            stages.descent = Descent(search.descends, aggregator_stage(descending))
+            if search.verify:
+                stages.verifying = aggregator_stage(twin(aggregator))
+                stages.held["rows_aggregator"] = stages.verifying.given
+        return stages
+
+    # ------------------------------------------------------------------ what a step asks
+
+    @property
+    def perturbation(self) -> TaskSharpness | None:
+        """The sharpness, if it perturbs anything at all."""
+        return self.sharpness if self.sharpness is not None and self.sharpness.active else None
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether a step looks at its batch more than once before the update."""
+        return self.perturbation is not None or self.line_search is not None
+
+    @property
+    def needs_rows(self) -> str | None:
+        """The stage that looks at gradients of what is shared; None: there is none."""
+        if self.weighting.needs_gram:
+            return self.weighting.name
+        return None if self.known(2) is not None else self.aggregator.name
+
+    @property
+    def for_each_task(self) -> str | None:
+        """The stage that must know which one task a parameter belongs to; None: there is none."""
+        for stage in (self.sharpness, self.line_search):
+            if stage is not None:
+                return type(stage).__name__
+        return "heads='weighted'" if self.heads == "weighted" else None
+
+    def begin(self, presence: Presence) -> None:
+        """Tell the aggregators which tasks are present."""
+        self.aggregator.begin(presence.present)
+        if self.sharpness is not None:
+            self.flat.begin(presence.present)
+        if self.verifying is not None:
+            self.verifying.begin(presence.present)
+
+    def known(self, n_tasks: int) -> Tensor | None:
+        """The coefficients, where they can be named before there are gradients.
+
+        None as well where the weighting learns from the gradients' inner products, where each
+        task's gradient says where its loss is looked at again, and where a line search judges
+        each task.
+        """
+        if self.perturbation is not None or self.weighting.needs_gram:
+            return None
+        known = self.aggregator.known(n_tasks)
+        if known is None or self.line_search is None or self.line_search.content_with(known):
+            return known
+        return None
+
+    def agree(self, ranks: Ranks) -> None:
+        """Let all processes draw the same numbers."""
+        ranks.align(g for s in self.held.values() if (g := generator_of(s)) is not None)
+
+    # ------------------------------------------------------------------ state
+
+    def stateful(self) -> Iterator[tuple[str, Stateful]]:
+        """The stages that have a state, by name."""
+        for name, stage in self.held.items():
+            if isinstance(stage, Stateful):
+                yield name, stage
+
+    def touched(self) -> list[Stateful]:
+        """The stages whose state a step changes on its way; an error has to put it back.
+
+        What sharpness holds may be large, and is not touched before the step has been made.
+        """
+        return [stage for _, stage in self.stateful() if stage is not self.sharpness]
+
+    def names(self) -> dict[str, str]:
+        """Which stage is of which class."""
+        return {name: type(stage).__name__ for name, stage in self.held.items()}

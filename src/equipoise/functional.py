@@ -1,0 +1,249 @@
+"""backward: aggregated gradients for a loop, a model or a graph of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from equipoise.engine.adapters import (
+    AggregatorStage,
+    WeightingStage,
+    aggregator_stage,
+    weighting_stage,
+)
+from equipoise.engine.boundary import through_trunk
+from equipoise.engine.direction import Combination, FeatureGradients, combine
+from equipoise.engine.factors import factors_of
+from equipoise.engine.gradients import Gradients, scaled
+from equipoise.engine.partition import below, reached_leaves
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.rows import Rows
+from equipoise.engine.targets import Presence, check_loss
+from equipoise.errors import (
+    NOT_FINITE,
+    CombinationError,
+    EquipoiseError,
+    NonFiniteError,
+    TaskError,
+)
+from equipoise.linalg import finite_norm
+from equipoise.weighting import EW
+
+
+def backward(
+    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    shared: Iterable[nn.Parameter],
+    aggregator: Callable[..., Tensor],
+    features: Any = None,
+    *,
+    weighting: Callable[..., Tensor] | None = None,
+    retain_graph: bool = False,
+) -> Combination:
+    """Fill `.grad` as `sum(losses).backward()` would, but aggregate on the shared parameters.
+
+    For a loop, a model or a graph of one's own; it is what a Step does without a second look, a
+    line search or an update. Gradients are added to what `.grad` holds. Every other leaf that the
+    losses reach (the heads' parameters) gets the gradient of the summed weighted losses. Under
+    torch.distributed the losses are averaged over the processes, which should hold batches of equal
+    size.
+
+    Args:
+        losses: T scalar losses: a dict by task name, a sequence, or one tensor of shape (T,).
+        shared: the shared parameters.
+        aggregator: an aggregator, or any callable from rows (T, P) to a direction (P,).
+        features: what the shared part returned (a tensor, or nested dicts, lists and tuples), if
+            all that the losses know of the shared parameters passes there. None may be computed
+            from another. If given, the aggregator works at the feature level (as MGDA-UB does):
+            its rows are the gradients of the features, and the shared part sees one backward
+            instead of T.
+        weighting: how much each loss counts, as in Step; its own parameters get a gradient, too.
+            GradNorm learns in this call. None: EW.
+        retain_graph: keep the graph for another backward.
+
+    Returns:
+        The Gram matrix (T, T) of the weighted losses' rows and the coefficients (T,).
+
+    Raises:
+        TaskError: a loss is not a scalar, not connected to a graph, or not finite; or with
+            `features` it reaches a shared parameter without passing through them.
+        NonFiniteError: a gradient is not finite. No `.grad` has changed in either case.
+        CombinationError: a callable without coefficients at the feature level, or a weighting that
+            needs the losses after the update or the learning rate, which only a Step knows.
+
+    Passes: T backwards; with `features` T through the heads and one through the shared part.
+    Memory: T x P; with `features` T times their size.
+
+    Example:
+        >>> from equipoise import MGDA
+        >>> trunk, heads = nn.Linear(3, 4), nn.Linear(4, 2)
+        >>> left, right = heads(trunk(torch.randn(5, 3))).square().mean(0).unbind()
+        >>> result = backward({"left": left, "right": right}, trunk.parameters(), MGDA())
+        >>> result.coefficients.shape
+        torch.Size([2])
+    """
+    ranks = Ranks()
+    names, values = _scalar_losses(losses)
+    weighs = weighting_stage(EW() if weighting is None else weighting)
+    _refuse_what_only_a_step_knows(weighs)
+    parameters = [p for p in shared if p.requires_grad]
+    own = set(parameters)
+    leaves = reached_leaves(values)
+    others = [leaf for leaf in leaves if leaf not in own]
+    presence = Presence(names, [1.0] * len(names), ranks)
+    joint = ranks.sum(torch.stack([v.detach().to("cpu", torch.float64) for v in values]))
+    joint /= ranks.size
+    stage = aggregator_stage(aggregator)
+    try:
+        weighted = factors_of(weighs, joint, presence, None)
+        values = [value / ranks.size for value in values]  # this process's part of the joint losses
+        looking = _Graph(values, parameters, others, weighted.factors, ranks, retain_graph)
+        if features is None:
+            direction, rest, result = looking.by_rows(stage, joint)
+        else:
+            direction, rest, result = looking.by_features(stage, joint, features, names)
+    except TaskError as error:
+        raise error.named(names) from None
+    if finite_norm([*direction, *rest]) is None:
+        raise EquipoiseError("each task's gradient is finite, but together they overflow.")
+    everything = (*parameters, *others, *weighs.learnable)
+    for p, gradient in zip(everything, (*direction, *rest, *weighted.learned), strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad + gradient
+    if weighs.method is not None and weighs.needs_gram:
+        weighs.method.observe(joint, presence.present, result.gram)
+    return result
+
+
+def _refuse_what_only_a_step_knows(weighting: WeightingStage) -> None:
+    method = weighting.method
+    if method is not None and (method.needs_losses_after or method.needs_lr):
+        what = "the losses after the update" if method.needs_losses_after else "the learning rate"
+        raise CombinationError(f"backward and {weighting.name}: it needs {what}. Use a Step.")
+
+
+class _Graph:
+    """T losses with their graph; what is asked of it are gradients.
+
+    Args:
+        losses: this process's part of the joint losses.
+        parameters: the shared ones.
+        others: all other leaves that the losses reach.
+        factors: (T,) what multiplies each loss.
+        ranks: the processes that train together.
+        retain_graph: whether the graph is kept in the end.
+    """
+
+    def __init__(
+        self,
+        losses: list[Tensor],
+        parameters: list[nn.Parameter],
+        others: list[Tensor],
+        factors: Tensor,
+        ranks: Ranks,
+        retain_graph: bool,
+    ) -> None:
+        self.losses, self.parameters, self.others = losses, parameters, others
+        self.factors, self.ranks, self.retain_graph = factors, ranks, retain_graph
+
+    def by_rows(
+        self, aggregator: AggregatorStage, joint: Tensor
+    ) -> tuple[Gradients, Gradients, Combination]:
+        """One backward a task through everything."""
+        rows = Rows(self.parameters, len(self.losses), self.ranks)
+        rest: list[Gradients] = []
+        for i in range(len(self.losses)):
+            keep = self.retain_graph or i < len(self.losses) - 1
+            found = self._gradients(i, self.parameters, keep)
+            rows.add(found[: len(self.parameters)])
+            rest.append(_finite(i, found[len(self.parameters) :]))
+        rows.weigh(self.factors)
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        result, direction = combine(rows, aggregator, joint)
+        return rows.per_parameter(direction), self._summed(rest), result
+
+    def by_features(
+        self, aggregator: AggregatorStage, joint: Tensor, features: Any, names: list[str]
+    ) -> tuple[Gradients, Gradients, Combination]:
+        """One backward a task down to the features, and one below."""
+        if not aggregator.works_on_features:
+            raise CombinationError(
+                f"{aggregator.given!r} has no coefficients(gram), which the feature level needs; "
+                "leave `features` out."
+            )
+        leaves = pytree.tree_leaves(features)
+        outputs = [z for z in leaves if isinstance(z, Tensor) and z.requires_grad]
+        self._refuse_ways_around(outputs, names)
+        sent_back: list[Gradients] = []
+        rest: list[Gradients] = []
+        for i in range(len(self.losses)):
+            found = self._gradients(i, outputs, True)
+            sent_back.append(found[: len(outputs)])
+            rest.append(_finite(i, found[len(outputs) :]))
+        gradients = FeatureGradients(sent_back, outputs, self.factors, self.ranks)
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        result, together = gradients.combine(aggregator, joint)
+        direction = through_trunk(outputs, self.parameters, together, self.retain_graph)
+        return self.ranks.sum_gradients(direction, self.parameters), self._summed(rest), result
+
+    def _gradients(self, i: int, first: Sequence[Tensor], keep: bool) -> Gradients:
+        """Gradients of loss i by the tensors that are named, and by the other leaves."""
+        of = (*first, *self.others)
+        return list(torch.autograd.grad(self.losses[i], of, retain_graph=keep, allow_unused=True))
+
+    def _summed(self, rest: Sequence[Gradients]) -> Gradients:
+        """The gradients of the summed weighted losses by the other leaves."""
+        total: Gradients = [None] * len(self.others)
+        for of_one in scaled(rest, self.factors):
+            total = [
+                new if old is None else old if new is None else old + new
+                for old, new in zip(total, of_one, strict=True)
+            ]
+        return self.ranks.sum_gradients(total, self.others)
+
+    def _refuse_ways_around(self, outputs: Sequence[Tensor], names: list[str]) -> None:
+        """Refuse features of which one is computed from another, and ways that avoid them all."""
+        ends = {z.grad_fn for z in outputs if z.grad_fn is not None}
+        children = [child for end in ends for child, _ in end.next_functions if child is not None]
+        if ends & set(below(children)):
+            raise EquipoiseError(
+                "one of the features is computed from another, which would count twice; give only "
+                "those that come first."
+            )
+        shared = set(self.parameters)
+        for leaf, mask in reached_leaves(self.losses, stop=ends).items():
+            if leaf in shared:
+                raise TaskError(
+                    names[(mask & -mask).bit_length() - 1],
+                    f"loss reaches a shared parameter of shape {tuple(leaf.shape)} without passing "
+                    "through `features`, so that part of its gradient would be lost. Leave "
+                    "`features` out, or give every tensor that the heads see.",
+                )
+
+
+def _finite(i: int, gradients: Gradients) -> Gradients:
+    """The gradients of task number i outside the shared part, unless one is not finite."""
+    if finite_norm(gradients) is None:
+        raise NonFiniteError(i, NOT_FINITE)
+    return gradients
+
+
+def _scalar_losses(
+    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+) -> tuple[list[str], list[Tensor]]:
+    """The names and the values of the losses, checked."""
+    if isinstance(losses, Tensor) and losses.dim() != 1:
+        raise EquipoiseError(f"losses has shape {tuple(losses.shape)}; it must be (T,).")
+    named = dict(losses) if isinstance(losses, Mapping) else dict(enumerate(losses))
+    if not named:
+        raise EquipoiseError("losses is empty; give at least one.")
+    for task, loss in named.items():
+        check_loss(task, loss)
+        if not loss.requires_grad:
+            raise TaskError(task, "loss is not connected to any parameter; was it detached?")
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(task, f"loss is {loss.item()}; leave this batch out.")
+    return [str(task) for task in named], list(named.values())
