@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import equipoise as eq
 
@@ -514,6 +515,24 @@ class Noisy(Network):
         }
 
 
+class Spectral(Network):
+    """Spectral norm in trunk and heads: weights in parts, and buffers that each forward moves."""
+
+    shared = ("trunk.*",)
+    own = {t: (f"heads.{t}.*",) for t in ("a", "b")}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(spectral_norm(nn.Linear(5, 6)), nn.Tanh())
+        self.heads = each(
+            self.tasks, lambda: nn.Sequential(spectral_norm(nn.Linear(6, 4)), nn.Linear(4, 1))
+        )
+
+    def losses(self, x: Tensor, *targets: Tensor) -> Losses:
+        z = self.trunk(x)
+        return by_task(self.tasks, {t: self.heads[t](z) for t in self.tasks}, targets)
+
+
 NETWORKS: dict[str, type[Network]] = {
     "mmoe": MMoE,
     "cgc": CGC,
@@ -532,6 +551,7 @@ NETWORKS: dict[str, type[Network]] = {
     "penalty in a task": PenaltyInTask,
     "centres": Centres,
     "noisy": Noisy,
+    "spectral": Spectral,
 }
 
 

@@ -28,7 +28,7 @@ def takes_a_closure(text: str) -> bool:
 
 
 RECIPES = [text for text in (*TOKENS, *COMBINED) if takes_a_closure(text)]
-SOME = ["ew", "igbv1+cagrad", "f-mgda", "uw+bls+cagrad", "famo+pcgrad", "rlw+graddrop"]
+SOME = ["ew", "igbv1+cagrad", "f-mgda", "rlw+graddrop"]
 
 
 class Plain(nn.Module):
