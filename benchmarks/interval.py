@@ -2,7 +2,7 @@
 
     python benchmarks/interval.py [--tasks 40] [--rounds 5] [--json FILE]
 
-A round times 50 steps of plain SGD and then of each recipe, so that every=10 has its five
+A round times 50 steps of plain SGD and then of each recipe, so that update_every=10 has its five
 expensive steps among them; a round gives a ratio for each recipe.
 """
 
@@ -19,7 +19,8 @@ from step import plain_sgd, small_cnn
 import equipoise as eq
 
 STEPS = 50
-RECIPES = ("ew", "cagrad(every=10)", "mgda(every=10)", "nash(every=10)", "cagrad")
+KEPT = "update_every=10"
+RECIPES = ("ew", f"cagrad({KEPT})", f"mgda({KEPT})", f"nash({KEPT})", "cagrad")
 
 
 def main() -> None:

@@ -12,13 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 REGISTER = """
-import equipoise.registry as registry
+import equipoise
 from unit_mean import UnitMean
 
-registry.AGGREGATORS["unit-mean"] = UnitMean  # the one line
-registry.METHODS.update(registry._methods())
-registry.FLAT.update(registry._in_flat_regions(registry.METHODS.values()))
-registry.TOKENS.update(registry.METHODS | registry.FLAT)
+equipoise.register("unit-mean", UnitMean)  # as the line in the table does
 """
 
 EVERYWHERE = """
@@ -29,7 +26,7 @@ import gen_pages
 from equipoise import Recipe
 
 assert "`unit-mean`" in gen_pages.methods_table("aggregation")
-print(Recipe.parse("IGBv1+UnitMean-UB(every=5)"), Recipe.parse("F-UnitMean(rho=0.1)"))
+print(Recipe.parse("IGBv1+UnitMean-UB(update_every=5)"), Recipe.parse("F-UnitMean(rho=0.1)"))
 """
 
 
@@ -46,7 +43,7 @@ def test_the_example_is_short() -> None:
 def test_one_line_of_registry_brings_it_everywhere(tmp_path: Path) -> None:
     (tmp_path / "unit_mean.py").write_text(f'"""A method."""\n{example()}', encoding="utf-8")
     (tmp_path / "register_unit_mean.py").write_text(REGISTER, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
 
     def run(*command: str) -> str:
         done = subprocess.run(
@@ -55,7 +52,9 @@ def test_one_line_of_registry_brings_it_everywhere(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert run("-c", EVERYWHERE).strip() == "igbv1+unit-mean-ub(every=5) f-unit-mean(rho=0.1)"
+    assert (
+        run("-c", EVERYWHERE).strip() == "igbv1+unit-mean-ub(update_every=5) f-unit-mean(rho=0.1)"
+    )
     options = ("-p", "register_unit_mean", "-p", "no:cacheprovider", "-k", "unit-mean")
     passed = re.search(r"(\d+) passed", run("-m", "pytest", *options, "-v", "tests/conformance"))
     assert passed

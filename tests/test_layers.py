@@ -16,7 +16,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equipoise"
 
 STAGES = {"weighting", "aggregation", "sharpness", "line_search"}
-MAY_COMBINE_STAGES = {"", "step", "functional", "registry"}  # "" is the package's own __init__
+# "" is the package's own __init__
+MAY_COMBINE_STAGES = {"", "step", "functional", "registry", "builtin"}
 STAGE_FREE = {"replay"}
 CONTRACTS = {"aggregation.base", "weighting.base", "line_search.base", "sharpness"}
 MAY_MOVE = {"engine.displaced", "replay"}

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 import equipoise
 
@@ -40,9 +39,14 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "losses": REQUIRED,
         "lr": REQUIRED,
         "steps_per_epoch": REQUIRED,
-        "optimizer": torch.optim.Adam,
+        "optimizer": None,
         "seed": None,
     },
+    "equipoise.register": {"token": REQUIRED, "factory": None, "axis": None},
+    "equipoise.testing.check_aggregator": {"make": REQUIRED},
+    "equipoise.testing.check_weighting": {"make": REQUIRED},
+    "equipoise.testing.aggregator_checks": {"make": REQUIRED},
+    "equipoise.testing.weighting_checks": {"make": REQUIRED},
     "equipoise.aggregation.Sum": {},
     "equipoise.aggregation.Mean": {},
     "equipoise.aggregation.MGDA": {"normalize": None, "zero": "keep"},
@@ -53,7 +57,7 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "equipoise.aggregation.DBMTL": {"n_tasks": REQUIRED, "beta": 0.9, "decay": 0.0},
     "equipoise.weighting.EW": {},
     "equipoise.weighting.SI": {"cap": None},
-    "equipoise.weighting.RLW": {"generator": None, "normalise_to": None},
+    "equipoise.weighting.RLW": {"generator": None, "normalize_to": None},
     "equipoise.weighting.DWA": {"steps_per_epoch": REQUIRED, "temperature": 2.0},
     "equipoise.weighting.UW": {"n_tasks": REQUIRED},
     "equipoise.weighting.IGBv1": {"steps_per_epoch": REQUIRED, "cap": None},

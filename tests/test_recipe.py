@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import equipoise as eq
+from equipoise.builtin import AGGREGATORS, WEIGHTINGS
 from equipoise.engine.adapters import works_on_features
-from equipoise.registry import AGGREGATORS, METHODS, WEIGHTINGS
+from equipoise.registry import METHODS
 
 parse = eq.Recipe.parse
 
@@ -30,7 +31,7 @@ PARAMETERS: dict[str, dict[str, st.SearchStrategy]] = {
     },
     "rlw-si": {"cap": st.floats(0.1, 1e6)},
     "dwa-si": {"temperature": st.floats(1e-3, 1e6)},
-    "rlw": {"normalise_to": st.floats(0.1, 1e6)},
+    "rlw": {"normalize_to": st.floats(0.1, 1e6)},
     "dwa": {"temperature": st.floats(1e-3, 1e6) | st.integers(1, 9)},
     "uw": {"lr": st.floats(1e-9, 10)},
     "mgda": {
@@ -141,7 +142,7 @@ def test_canonical_form(text: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [("si(cap=5)", "si(cap=5.0)"), ("cagrad(rescale=0)", "cagrad(rescale=false)"),
-     ("rlw(normalise_to=1)", "rlw(normalise_to=1.0)")],
+     ("rlw(normalize_to=1)", "rlw(normalize_to=1.0)")],
 )  # fmt: skip
 def test_equal_recipes_have_one_text_and_one_hash(one: str, other: str) -> None:
     try:
@@ -204,7 +205,7 @@ def test_a_value_that_is_accepted_works() -> None:
         ("cagrad(c=much)", "recipe .*c=much"),
         ("si(cap=0)", "cap is 0.0; give a positive bound"),
         ("dwa(temperature=0)", "temperature is 0.0; it must be positive"),
-        ("rlw(normalise_to=-1)", "normalise_to is -1"),
+        ("rlw(normalize_to=-1)", "normalize_to is -1"),
         ("uw(lr=0)", "lr is 0.0; it must be positive"),
         ("mgda(normalize=l3)", "normalize is 'l3'"),
         ("mgda-ub(zero=never)", "zero is 'never'"),
@@ -359,3 +360,77 @@ def test_without_a_seed_the_draws_follow_the_global_generator() -> None:
 def test_steps_per_epoch_must_be_a_number_of_batches(steps: float) -> None:
     with pytest.raises(ValueError, match="steps_per_epoch"):
         build("igbv1", steps_per_epoch=steps)
+
+
+# ------------------------------------------------------------------------ optimizer and tasks
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("mgda", torch.optim.Adam),
+        ("bls+mgda", torch.optim.SGD),
+        ("fbls", torch.optim.SGD),
+        ("bls(direction=optimizer)+mgda", torch.optim.Adam),
+    ],
+)
+def test_the_optimizer_is_what_the_line_search_needs(text: str, kind: type) -> None:
+    assert type(build(text).optimizer) is kind
+    assert type(build(text, optimizer=torch.optim.SGD).optimizer) is torch.optim.SGD
+
+
+@pytest.mark.parametrize("text", ["bls+mgda", "fbls"])
+def test_an_optimizer_that_is_asked_for_is_not_replaced(text: str) -> None:
+    with pytest.raises(eq.CombinationError, match=f"recipe '{re.escape(text)}': .* and Adam"):
+        build(text, optimizer=torch.optim.Adam)
+
+
+def test_names_of_tasks_for_any_module() -> None:
+    net = torch.nn.Linear(3, 3)
+    step = parse("uw+f-cagrad").build(net, ["price", "colour", "size"], 0.1, 5)
+    assert (step.model, step.tasks, step.line_search) == (net, ("price", "colour", "size"), None)
+    assert isinstance(step.optimizer, torch.optim.Adam)
+    assert step.weighting.n_tasks == 3
+    assert isinstance(step.aggregator, eq.CAGrad) and step.sharpness.decompose
+    x = torch.randn(4, 3)
+    names = ("price", "colour")
+    said = parse("igbv1+mgda").build(net, names, 0.1, 5, shared=[net.weight])
+    report = said(lambda: dict(zip(names, net(x).square().mean(0), strict=False)))
+    assert report.gram.shape == (2, 2)
+    assert said._rows.buffer.shape == (2, 9)  # the bias is not among what is shared
+
+
+def test_the_level_and_heads_are_those_of_the_recipe() -> None:
+    found = [build(text) for text in ("mgda", "mgda-ub(heads=weighted)", "fbls")]
+    assert [(step.level, step.heads) for step in found] == [
+        ("parameters", "own"),
+        ("features", "weighted"),
+        ("features", "own"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("stl", "stl"),
+        ("si+mgda-ub", "mgda-ub"),
+        ("fbls+sum", "fbls"),
+        ("fbls(verify=true)", "fbls"),
+    ],
+)
+def test_names_of_tasks_are_refused_where_trunk_and_heads_are_needed(text: str, what: str) -> None:
+    with pytest.raises(eq.CombinationError) as caught:
+        parse(text).build(linear_model(), ["left", "right"], 0.1, 1)
+    assert str(caught.value).startswith(f"recipe {text!r} and names of tasks: {what}")
+    assert "needs a SharedTrunk" in str(caught.value)
+
+
+@pytest.mark.parametrize("names", ["price", [1, 2], [print], [], ["a", "a"]])
+def test_tasks_that_are_no_names(names: Any) -> None:
+    with pytest.raises(ValueError, match="give a list of different names, or a dict"):
+        parse("ew").build(torch.nn.Linear(3, 2), names, 0.1, 1)
+
+
+def test_stl_of_a_module_without_a_trunk_is_refused() -> None:
+    with pytest.raises(eq.CombinationError, match="'stl' and a Linear: stl needs a SharedTrunk"):
+        parse("stl").build(torch.nn.Linear(3, 2), {"price": F.mse_loss}, 0.1, 1)

@@ -2,7 +2,15 @@
 
 from importlib.metadata import version
 
-from equipoise import aggregation, diagnostics, grouping, line_search, sharpness, weighting
+from equipoise import (
+    aggregation,
+    diagnostics,
+    grouping,
+    line_search,
+    sharpness,
+    testing,
+    weighting,
+)
 from equipoise.aggregation import (
     DBMTL,
     EDM,
@@ -39,6 +47,7 @@ from equipoise.errors import (
 from equipoise.functional import backward
 from equipoise.line_search import Backtracking, FastBacktracking, LineSearch
 from equipoise.recipe import Recipe
+from equipoise.registry import register
 from equipoise.replay import Replay, frozen_buffers
 from equipoise.report import StepReport
 from equipoise.sharpness import TaskSharpness
@@ -126,6 +135,8 @@ __all__ = [
     "frozen_buffers",
     "grouping",
     "line_search",
+    "register",
     "sharpness",
+    "testing",
     "weighting",
 ]

@@ -1,225 +1,269 @@
-"""Every method by the name that recipes give it. A method is added by a line in a table here."""
+"""Every method by the name that recipes give it. A method is added by `register`."""
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import re
+from collections import ChainMap
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar, overload
 
-from equipoise.aggregation import (
-    DBMTL,
-    EDM,
-    IMTLG,
-    MGDA,
-    AlignedMTL,
-    CAGrad,
-    ConFIG,
-    DualProj,
-    Every,
-    FairGrad,
-    GradDrop,
-    GradVac,
-    GramAggregator,
-    MaxNorm,
-    Mean,
-    NashMTL,
-    PCGrad,
-    SDMGrad,
-    Sum,
-    UPGrad,
+from equipoise.aggregation import Aggregator, Every, GramAggregator, Sum
+from equipoise.builtin import (
+    AGGREGATORS,
+    BESIDE,
+    FLAT_DEFAULTS,
+    LINE_SEARCHES,
+    REFUSED,
+    WEIGHTINGS,
 )
 from equipoise.engine.adapters import works_on_features
-from equipoise.line_search import Backtracking, FastBacktracking, LineSearch
-from equipoise.sharpness import TaskSharpness
-from equipoise.weighting import (
-    DWA,
-    DWASI,
-    EW,
-    FAMO,
-    GLS,
-    IMTLL,
-    RLW,
-    RLWSI,
-    SI,
-    STCH,
-    UW,
-    Fixed,
-    GradNorm,
-    IGBv1,
-    IGBv2,
+from equipoise.errors import RecipeError
+from equipoise.line_search import LineSearch
+from equipoise.method import (
+    FROM_CONTEXT,
+    OF_COEFFICIENTS,
+    Axis,
+    Method,
+    any_context,
+    defaults,
+    name_of,
+    unwrapped,
 )
+from equipoise.sharpness import TaskSharpness
+from equipoise.weighting import Fixed, Weighting
 
-Axis = Literal["weighting", "aggregation", "line search", "baseline"]
+DECOMPOSED: dict[str, Any] = {"decompose": True}
+NAIVE: dict[str, Any] = {"decompose": False, "every": 1}
+
+METHODS: dict[str, Method] = {}
+"""Every known method by its token."""
+
+FLAT: dict[str, Method] = {}
+"""Every aggregator in flat regions: f- as F-MTL has it, a- for the naive way of its ablation."""
+
+TOKENS: Mapping[str, Method] = ChainMap(FLAT, METHODS)
+"""All that a recipe can name."""
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+_listeners: list[list[str]] = []
 
 
-@dataclass(frozen=True)
-class Method:
-    """One entry of the registry.
+@overload
+def register(token: str, factory: Factory, **options: Any) -> Factory: ...
+@overload
+def register(token: str, factory: None = None, **options: Any) -> Callable[[Factory], Factory]: ...
+def register(
+    token: str,
+    factory: Any = None,
+    *,
+    axis: Axis | None = None,
+    beside: str | None = None,
+    flat: Mapping[str, Any] | None = None,
+) -> Any:
+    """Give a method of your own a name in recipes, tables and the command line.
 
-    Attributes:
-        token: how recipes call it.
-        axis: which question it answers.
-        factory: the class; parameters in parentheses go to its constructor.
-        level: the level at which an aggregator works.
-        beside: the weighting that a recipe has if it names this aggregator and no weighting; the
-            aggregator that it has if it names this line search and no aggregator.
-        usual: parameters whose default here is another than the factory's.
-        sharpness: for an aggregator in flat regions: what is fixed of its TaskSharpness; the
-            parameters of both are then given together.
+    An aggregator gets `TOKEN-ub` as well where it works on features, and `f-TOKEN` and `a-TOKEN`.
+    The shell takes a file of such definitions by `--methods my_methods.py`.
+
+    Args:
+        token: its name: lower-case letters, digits and hyphens.
+        factory: a class of Weighting, Aggregator or LineSearch, or anything callable that makes a
+            stage from keyword arguments, all with defaults; recipes set them, checked by their type
+            hints. Those called `n_tasks`, `steps_per_epoch` and `generator` need no default: the
+            training gives them. None: returns a decorator.
+        axis: "weighting", "aggregation" or "line search"; None: by the class.
+        beside: what a recipe has if it names this method alone: the weighting of an aggregator
+            (None: ew), the aggregator of a line search (None: sum, and mgda for features).
+        flat: parameters of an aggregator whose default in `f-TOKEN` is another.
+
+    Returns:
+        The factory. The same one, or a new definition of the same qualified name, may be registered
+        again: it takes the place of the old one.
+
+    Raises:
+        RecipeError: a token that cannot be or is taken, a factory whose axis cannot be inferred, a
+            parameter without a default.
+
+    Example:
+        >>> import equipoise as eq
+        >>> @eq.register("halves")
+        ... class Halves(eq.GramAggregator):
+        ...     def __init__(self, share: float = 0.5):
+        ...         super().__init__()
+        ...         self.share = share
+        ...
+        ...     def weights(self, gram, losses):
+        ...         return self.share * (gram.diagonal() >= 0)
+        >>> print(eq.Recipe.parse("IGBv1+Halves(share=0.25)"))
+        igbv1+halves(share=0.25)
     """
+    if factory is None:
+        return lambda given: register(token, given, axis=axis, beside=beside, flat=flat)
+    try:
+        entries = _entries(token, factory, axis, beside, dict(flat or {}))
+        _refuse_taken(entries)
+    except RecipeError as error:
+        raise RecipeError(f"{token!r} cannot be registered: {error}") from None
+    for gone in set(_names(token)) - {entry.token for entry in entries}:
+        METHODS.pop(gone, None)
+        FLAT.pop(gone, None)
+    for entry in entries:
+        (METHODS if entry.sharpness is None else FLAT)[entry.token] = entry
+    for heard in _listeners:
+        heard.extend(entry.token for entry in entries)
+    return factory
 
-    token: str
-    axis: Axis
-    factory: Callable[..., Any]
-    level: str = "parameters"
-    beside: str = "ew"
-    usual: Mapping[str, Any] = field(default_factory=dict)
-    sharpness: Mapping[str, Any] | None = None
 
-    @property
-    def summary(self) -> str:
-        """The first line of the factory's docstring."""
-        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+@contextmanager
+def listening() -> Generator[list[str]]:
+    """The tokens of all that is registered meanwhile."""
+    heard: list[str] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The parameters that a recipe may set, with their defaults."""
-        own = {**_defaults(self.factory), **self.usual}
-        if self.sharpness is not None:  # its `every` holds the flat part
-            return {**own, **self._sharpness_parameters}
-        return {**own, **OF_COEFFICIENTS} if self._has_coefficients_to_keep else own
 
-    @property
-    def on_features(self) -> Method | None:
-        """An aggregator's entry at the feature level; None if it cannot work there."""
-        return self if self.level == "features" else METHODS.get(f"{self.token}-ub")
+def among_features(method: Method) -> Method | None:
+    """An aggregator's entry at the feature level; None if it cannot work there."""
+    return method if method.level == "features" else METHODS.get(f"{method.token}-ub")
 
-    @property
-    def _sharpness_parameters(self) -> dict[str, Any]:
-        if self.sharpness is None:
-            return {}
-        found = _defaults(TaskSharpness)
-        return {name: value for name, value in found.items() if name not in self.sharpness}
 
-    @property
-    def _has_coefficients_to_keep(self) -> bool:
-        """Whether coefficients come from Gram matrices, so that `every` can spare some of them."""
-        return (
-            isinstance(self.factory, type)
-            and issubclass(self.factory, GramAggregator)
-            and self.factory.known_coefficients is GramAggregator.known_coefficients
+def without_flat_regions(method: Method) -> Method | None:
+    """The plain entry of an aggregator in flat regions; None for any other method."""
+    return None if method.sharpness is None else METHODS[method.token.partition("-")[2]]
+
+
+# ------------------------------------------------------------------------ what register makes
+
+
+def _entries(
+    token: str, factory: Any, axis: Axis | None, beside: str | None, flat: dict[str, Any]
+) -> list[Method]:
+    """The entry of a token, and those that come with it."""
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", token):
+        raise RecipeError("a token is made of lower-case letters, digits and single hyphens.")
+    if token.startswith(("f-", "a-")) or token.endswith("-ub"):
+        raise RecipeError("f-, a- and -ub are put to aggregators' tokens; leave them out.")
+    axis = _axis(factory, axis)
+    _refuse_parameters(factory, axis)
+    if unknown := set(flat) - (set(defaults(factory)) if axis == "aggregation" else set()):
+        raise RecipeError(f"flat sets {min(unknown)!r}, no parameter of an aggregator.")
+    stage = _look(factory, axis)
+    kind = stage if isinstance(stage, type) else type(stage)
+    if axis != "aggregation":
+        level = getattr(stage, "level", "parameters") if axis == "line search" else "parameters"
+        usual = ("mgda" if level == "features" else "sum") if axis == "line search" else "ew"
+        return [Method(token, axis, factory, level, _beside(beside, axis, usual))]
+    keeps = (
+        issubclass(kind, GramAggregator)
+        and kind.known_coefficients is GramAggregator.known_coefficients
+    )
+    beside = _beside(beside, axis, "ew")
+    plain = Method(token, axis, factory, beside=beside, keep=Every if keeps else None)
+    entries = [plain]
+    if works_on_features(stage):  # others need the rows of the parameters themselves
+        entries.append(replace(plain, token=f"{token}-ub", level="features"))
+    f = replace(plain, token=f"f-{token}", usual=flat, sharpness=DECOMPOSED, keep=None)
+    return [*entries, f, replace(f, token=f"a-{token}", usual={}, sharpness=NAIVE)]
+
+
+def _axis(factory: Any, said: Axis | None) -> Axis:
+    plain = unwrapped(factory)
+    if not callable(factory):
+        raise RecipeError(f"{factory!r} is not callable; give a class or a function.")
+    bases: dict[type, Axis] = {
+        Weighting: "weighting", Aggregator: "aggregation", LineSearch: "line search",
+    }  # fmt: skip
+    is_class = isinstance(plain, type)
+    own = [axis for base, axis in bases.items() if is_class and issubclass(plain, base)]
+    known = list(bases.values())
+    if said is None and not own:
+        raise RecipeError(
+            f"{name_of(factory)} is no class of Weighting, Aggregator or LineSearch; say which "
+            f"question it answers: axis={' or '.join(map(repr, known))}."
         )
-
-    def build(self, **arguments: Any) -> Any:
-        """The stage; an aggregator with `every` above 1 computes its coefficients that rarely."""
-        own = {k: v for k, v in arguments.items() if k not in self._sharpness_parameters}
-        own.pop("weights_on_all", None)  # is the Step's
-        every = own.pop("every", 1)
-        stage = self.factory(**{**self.usual, **own})
-        return stage if every == 1 else Every(stage, every)
-
-    def heads(self, **arguments: Any) -> str:
-        """What a Step takes for `heads`."""
-        return "weighted" if arguments.get("weights_on_all") else "own"
-
-    def build_sharpness(self, **arguments: Any) -> TaskSharpness | None:
-        """The TaskSharpness of an aggregator in flat regions; None for any other method."""
-        if self.sharpness is None:
-            return None
-        own = {k: v for k, v in arguments.items() if k in self._sharpness_parameters}
-        return TaskSharpness(**self.sharpness, **own)
-
-    def check(self, name: str, value: Any) -> Any:
-        """`value` as the parameter wants it (5 for a float is 5.0), or ValueError."""
-        hints = {"every": int, "weights_on_all": bool, **get_type_hints(TaskSharpness.__init__)}
-        hints |= get_type_hints(getattr(self.factory, "__init__", self.factory))
-        hint = hints[name]
-        if get_origin(hint) is Literal:
-            return value  # the constructor knows which
-        types = get_args(hint) or (hint,)
-        if type(value) is int and float in types:
-            value = float(value)
-        if type(value) not in types or value in (math.inf, -math.inf):
-            wanted = " or ".join("none" if t is type(None) else t.__name__ for t in types)
-            raise ValueError(f"{name} is {value!r}; it takes {wanted}.")
-        return value
+    if said is not None and said not in known:
+        raise RecipeError(f"axis is {said!r}; known are {', '.join(map(repr, known))}.")
+    if said is not None and own and said not in own:
+        raise RecipeError(f"axis is {said!r}, but {name_of(factory)} answers {own[0]}.")
+    return said or own[0]
 
 
-def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:
-    """What a recipe may give to a constructor, with the defaults."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(factory).parameters.items()
-        if name not in FROM_CONTEXT and parameter.kind == parameter.POSITIONAL_OR_KEYWORD
-    }
+def _refuse_parameters(factory: Any, axis: Axis) -> None:
+    name = name_of(factory)
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:
+        raise RecipeError(f"parameters of {name} cannot be read; wrap it in a function.") from None
+    for key, parameter in parameters.items():
+        by_position = parameter.kind == parameter.POSITIONAL_ONLY
+        many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        given = many or key in FROM_CONTEXT or parameter.default is not parameter.empty
+        if by_position or not given:
+            raise RecipeError(
+                f"parameter {key!r} of {name} has no default that a keyword could replace; give it "
+                f"one, or register a function that makes {name} (only {', '.join(FROM_CONTEXT)} "
+                "come from the training)."
+            )
+        elsewhere = {**OF_COEFFICIENTS, **defaults(TaskSharpness)}
+        if axis == "aggregation" and key in elsewhere:
+            raise RecipeError(
+                f"{name} has a parameter {key!r}, which recipes use for any aggregator; rename it."
+            )
 
 
-OF_COEFFICIENTS: dict[str, Any] = {"every": 1, "weights_on_all": False}
-"""What can be said of any aggregator whose coefficients come from Gram matrices, in recipes."""
+def _look(factory: Any, axis: Axis) -> Any:
+    """The class, or else a stage made for a look at it."""
+    plain = unwrapped(factory)
+    if isinstance(plain, type):
+        return plain
+    wanted = inspect.signature(factory).parameters
+    stage = factory(**{k: v for k, v in any_context().items() if k in wanted})
+    if not (isinstance(stage, LineSearch) if axis == "line search" else callable(stage)):
+        raise RecipeError(f"{name_of(factory)} makes {stage!r}, which is no {axis}.")
+    return stage
 
-FROM_CONTEXT = ("generator", "steps_per_epoch", "n_tasks")
-"""Constructor arguments that come from the training, not from the recipe."""
 
-WEIGHTINGS: dict[str, Callable[..., Any]] = {
-    "ew": EW,
-    "si": SI,
-    "rlw": RLW,
-    "dwa": DWA,
-    "uw": UW,
-    "igbv1": IGBv1,
-    "igbv2": IGBv2,
-    "rlw-si": RLWSI,
-    "dwa-si": DWASI,
-    "imtl-l": IMTLL,
-    "gls": GLS,
-    "famo": FAMO,
-    "stch": STCH,
-    "gradnorm": GradNorm,
-}
-AGGREGATORS: dict[str, Callable[..., Any]] = {
-    "sum": Sum,
-    "mean": Mean,
-    "mgda": MGDA,
-    "pcgrad": PCGrad,
-    "cagrad": CAGrad,
-    "imtl": IMTLG,
-    "nash": NashMTL,
-    "edm": EDM,
-    "graddrop": GradDrop,
-    "gradvac": GradVac,
-    "aligned": AlignedMTL,
-    "upgrad": UPGrad,
-    "dualproj": DualProj,
-    "config": ConFIG,
-    "fairgrad": FairGrad,
-    "sdmgrad": SDMGrad,
-    "max-norm": MaxNorm,
-    "db-mtl": DBMTL,
-}
-LINE_SEARCHES: dict[str, tuple[type[LineSearch], str]] = {
-    "bls": (Backtracking, "sum"),
-    "fbls": (FastBacktracking, "mgda"),
-}
-"""Line searches, each with the aggregator that a recipe has if it names none."""
-BESIDE: dict[str, str] = {"db-mtl": "si"}
-"""Aggregators of methods that also say how losses are weighted."""
+def _beside(token: str | None, axis: Axis, usual: str) -> str:
+    wanted = {"aggregation": "weighting", "line search": "aggregation"}.get(axis)
+    if token is None:
+        return usual
+    if token not in METHODS or METHODS[token].axis != wanted:
+        raise RecipeError(f"beside is {token!r}, which is no registered {wanted or 'partner'}.")
+    return token
 
-REFUSED: dict[str, str] = {
-    "uw-si": "UW on the scale-invariant objective falls without end wherever a loss is below 1: "
-    "(exp(-s) ln L + s) / 2 goes to minus infinity with s. Use si, which is what UW comes to where "
-    "its s is best."
-}
-"""What somebody may ask for that has no sense, with the reason."""
 
-DECOMPOSED = {"decompose": True}
-NAIVE = {"decompose": False, "every": 1}
-OF_DEGREE_ONE: dict[str, dict[str, Any]] = {
-    "nash": {"max_norm": None, "degree": 1},
-    "fairgrad": {"degree": 1},
-}
-"""Aggregators that do not grow with the gradients, in the form in which a flat part stays small."""
+def _names(token: str) -> tuple[str, ...]:
+    """All that a token may bring."""
+    return token, f"{token}-ub", f"f-{token}", f"a-{token}"
+
+
+def _refuse_taken(entries: list[Method]) -> None:
+    taken = {known.replace("-", ""): known for known in (*REFUSED, *TOKENS)}
+    for entry in entries:
+        there = taken.get(entry.token.replace("-", ""))
+        if there is None:
+            continue
+        if there in REFUSED:
+            raise RecipeError(f"{there} has no sense: {REFUSED[there]}")
+        old = TOKENS[there].factory
+        if there != entry.token or not _same(old, entry.factory):
+            known = f"{unwrapped(old).__module__}.{name_of(old)}"
+            raise RecipeError(f"{there} is the name of {known}; take another.")
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether the new factory is the old one, or a new definition of it."""
+    old, new = unwrapped(old), unwrapped(new)
+    return old is new or (getattr(old, "__module__", 0), name_of(old)) == (
+        getattr(new, "__module__", 1),
+        name_of(new),
+    )
 
 
 def single_task() -> Sum:
@@ -232,35 +276,10 @@ def with_task_weights(weighting: Any, weights: Any) -> Fixed:
     return Fixed(weights, weighting)
 
 
-def _methods() -> dict[str, Method]:
-    methods = [Method(token, "weighting", factory) for token, factory in WEIGHTINGS.items()]
-    for token, factory in AGGREGATORS.items():
-        beside = BESIDE.get(token, "ew")
-        methods.append(Method(token, "aggregation", factory, beside=beside))
-        if works_on_features(factory):  # others need the rows of the parameters themselves
-            methods.append(Method(f"{token}-ub", "aggregation", factory, "features", beside))
-    for token, (factory, beside) in LINE_SEARCHES.items():
-        methods.append(Method(token, "line search", factory, factory.level, beside))
-    methods.append(Method("stl", "baseline", single_task))
-    return {method.token: method for method in methods}
-
-
-def _in_flat_regions(methods: Iterable[Method]) -> dict[str, Method]:
-    found = {}
-    for method in methods:
-        if method.axis == "aggregation" and method.level == "parameters":
-            usual = OF_DEGREE_ONE.get(method.token, {})
-            f = replace(method, token=f"f-{method.token}", usual=usual, sharpness=DECOMPOSED)
-            a = replace(method, token=f"a-{method.token}", sharpness=NAIVE)
-            found |= {f.token: f, a.token: a}
-    return found
-
-
-METHODS: dict[str, Method] = _methods()
-"""Every known method by its token."""
-
-FLAT: dict[str, Method] = _in_flat_regions(METHODS.values())
-"""Every aggregator in flat regions: f- as F-MTL has it, a- for the naive way of its ablation."""
-
-TOKENS: dict[str, Method] = {**METHODS, **FLAT}
-"""All that a recipe can name."""
+for _token, _factory in WEIGHTINGS.items():
+    register(_token, _factory)
+for _token, _factory in AGGREGATORS.items():
+    register(_token, _factory, beside=BESIDE.get(_token), flat=FLAT_DEFAULTS.get(_token))
+for _token, (_factory, _aggregator) in LINE_SEARCHES.items():
+    register(_token, _factory, beside=_aggregator)
+METHODS["stl"] = Method("stl", "baseline", single_task)

@@ -8,9 +8,9 @@ records both, repeats the former and protects the latter.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,15 @@ def frozen_buffers(module: nn.Module) -> Generator[None]:
         put_back(before)
 
 
+@runtime_checkable
+class UndoesItself(Protocol):
+    """A stage whose state is too large to be copied in each step, and which goes back by itself."""
+
+    def unchanged_on_error(self) -> AbstractContextManager[None]:
+        """If the body raises, the state is as before it."""
+        ...
+
+
 @contextmanager
 def unchanged_on_error(
     model: nn.Module, stages: Iterable[Any], devices: Iterable[torch.device]
@@ -149,10 +158,8 @@ def unchanged_on_error(
     random = RandomState(devices)
     buffers = copy_of_buffers(model)
     stages = list(stages)
-    # A stage whose state is too large to be copied in each step looks after itself.
-    own = [s for s in stages if hasattr(s, "unchanged_on_error")]
-    copied = [s for s in stages if s not in own and hasattr(s, "load_state_dict")]
-    states = [(s, deepcopy(s.state_dict())) for s in copied]
+    own = [s for s in stages if isinstance(s, UndoesItself)]
+    states = [(s, deepcopy(s.state_dict())) for s in stages if not isinstance(s, UndoesItself)]
     try:
         with ExitStack() as guards:
             for stage in own:

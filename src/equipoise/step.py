@@ -25,7 +25,7 @@ from equipoise.engine.saving import load, saved, undone_on_error
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
 from equipoise.engine.stages import Stages
-from equipoise.engine.trunk_evaluation import TrunkNetwork
+from equipoise.engine.trunk_network import TrunkNetwork
 from equipoise.engine.update import Update, adopt, held_by
 from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
 from equipoise.linalg import finite_norm
@@ -72,8 +72,7 @@ class Step:
         CombinationError: stages that make no sense together; both are named.
         ValueError: a parameter out of its range, or `shared` names nothing.
 
-    Under torch.distributed each process calls it with its part of the batch; all make the joint step.
-
+    Under torch.distributed each process gives its part of the batch; all make the joint step.
     Passes: trunk 1 forward; T backwards, or 1 at the feature level and for loss-only recipes
     (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. A closure is called
     once, T + 2 times with TaskSharpness ("joint": T + 1, "joint-mean": 3), and once more for each
@@ -156,7 +155,7 @@ class Step:
                 return StepReport.skipped(self.tasks)
             self._network.forget_gradients()  # P numbers less while the rows are formed
             known = self._known(look)
-            look.look(apart=known is None or bool((known != known[0]).any()))
+            look = look.look(apart=known is None or bool((known != known[0]).any()))
             weighted = factors_of(stages.weighting, look.losses, look.presence, self._lr)
             factors, learned = weighted.factors, weighted.learned
             rows = second = found = None
@@ -205,7 +204,7 @@ class Step:
     @property
     def forms_gram(self) -> bool:
         """Whether its reports hold inner products of task gradients."""
-        return self._stages.needs_rows is not None
+        return self._stages.needs.rows is not None
 
     # ------------------------------------------------------------------ its parts
 
@@ -234,8 +233,7 @@ class Step:
     def _non_finite(self, batch: Any, before: RandomState) -> EquipoiseError:
         """The error for a gradient that is not finite: names the task, and costs a replay."""
         before.restore()  # the same dropout masks again
-        look = self._evaluate(batch, again=False)
-        look.look()
+        look = self._evaluate(batch, again=False).look()
         task = look.culprit(self._buffer(look))
         if task is None:
             return EquipoiseError("each task's gradient is finite, but together they overflow.")
@@ -259,11 +257,12 @@ class Step:
         stages = Stages.of(**others, descending=MGDA())
         if isinstance(losses, Mapping):
             answers["losses"] = losses = dict(losses)
-            network: Network = TrunkNetwork(shared_trunk(self.model, losses, self._shared), losses)
+            model = shared_trunk(self.model, losses, self._shared)
+            network: Network = TrunkNetwork(model, losses, self.optimizer, stages.needs)
         else:
-            answers["losses"] = losses = tuple(losses)
             partition = Partition(self.model, losses, self.optimizer, self._shared)
-            network = GraphNetwork(self.model, partition, stages.for_each_task, stages.needs_rows)
+            answers["losses"] = partition.tasks
+            network = GraphNetwork(self.model, partition, stages.needs)
         refuse_senseless(stages, network, self.optimizer, self.clip_norm)
         stages.agree(self._ranks)
         self.__dict__.update(answers, _answers=answers, level=stages.level, tasks=network.tasks)

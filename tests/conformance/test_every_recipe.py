@@ -22,7 +22,7 @@ COMBINED = [
     "si+mgda(normalize=l2)",
     "mgda(normalize=loss+)",
     "mgda-ub(normalize=loss)",
-    "rlw(normalise_to=1)+cagrad-ub(c=0.9)",
+    "rlw(normalize_to=1)+cagrad-ub(c=0.9)",
     "stch(warmup_epochs=1, mu=0.5)",
     "famo+pcgrad",
     "gradnorm(alpha=0.5)+sum-ub",
@@ -31,7 +31,7 @@ COMBINED = [
     "si+max-norm-ub",
     "igbv2+cagrad",
     "igbv2+f-nash",
-    "igbv1+mgda(weights_on_all=true)",
+    "igbv1+mgda(heads=weighted)",
     "bls+mgda",
     "bls+pcgrad",
     "bls(rule=head)",
@@ -47,8 +47,8 @@ COMBINED = [
     "famo+fbls(latent_scale=matched)+edm",
     "igbv1+fbls(verify=true)+pcgrad",
     "fbls(latent_scale=batch, objective=sum)+graddrop",
-    "bls+imtl(weights_on_all=true)",
-    "fbls(verify=true)+edm(weights_on_all=true)",
+    "bls+imtl(heads=weighted)",
+    "fbls(verify=true)+edm(heads=weighted)",
 ]
 RECIPES = [*TOKENS, *COMBINED]
 FIVE = ("v", "w", "x", "y", "z")

@@ -30,7 +30,7 @@ LOOK = figures.looks(["a", "b"])
         ("f-max-norm", "max-norm"),
         ("f-db-mtl", "db-mtl"),
         ("f-mgda(adaptive=true, normalize=l2)", "mgda(normalize=l2)"),
-        ("cagrad(every=3)", None),
+        ("cagrad(update_every=3)", None),
         ("stl", None),
     ],
 )

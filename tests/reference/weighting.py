@@ -108,7 +108,7 @@ def uncertainty_slopes(losses: list[float], log_variances: list[float]) -> list[
     return [0.5 * (1 - math.exp(-s) * loss) for loss, s in zip(losses, log_variances, strict=True)]
 
 
-def random_weights(logits: list[float], normalise_to: float | None = None) -> list[float]:
-    """Return normalise_to times softmax(xi) for given Gaussian draws xi (RLW, Lin et al. 2022)."""
-    total = float(len(logits)) if normalise_to is None else normalise_to
+def random_weights(logits: list[float], normalize_to: float | None = None) -> list[float]:
+    """Return normalize_to times softmax(xi) for given Gaussian draws xi (RLW, Lin et al. 2022)."""
+    total = float(len(logits)) if normalize_to is None else normalize_to
     return [total * share for share in softmax(logits)]

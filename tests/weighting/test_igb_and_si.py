@@ -112,8 +112,8 @@ def test_igbv1_cap_leaves_factors_below_it_alone() -> None:
 
 
 def test_rlw_si_has_the_draws_of_rlw_and_the_objective_of_si() -> None:
-    plain = RLW(torch.Generator().manual_seed(3), normalise_to=1.5)
-    ours = RLWSI(torch.Generator().manual_seed(3), normalise_to=1.5)
+    plain = RLW(torch.Generator().manual_seed(3), normalize_to=1.5)
+    ours = RLWSI(torch.Generator().manual_seed(3), normalize_to=1.5)
     for losses in trace(5):
         plain(losses)
         given_losses = losses.clone().requires_grad_()

@@ -197,9 +197,9 @@ def test_uw_learns_the_logarithms_of_the_losses() -> None:
 # ---------------------------------------------------------------------------------------- RLW
 
 
-@pytest.mark.parametrize(("normalise_to", "total"), [(None, 3.0), (1.0, 1.0), (7.5, 7.5)])
-def test_rlw_weights_are_positive_and_sum_as_told(normalise_to: float | None, total: float) -> None:
-    weighting = RLW(generator=torch.Generator().manual_seed(0), normalise_to=normalise_to)
+@pytest.mark.parametrize(("normalize_to", "total"), [(None, 3.0), (1.0, 1.0), (7.5, 7.5)])
+def test_rlw_weights_are_positive_and_sum_as_told(normalize_to: float | None, total: float) -> None:
+    weighting = RLW(generator=torch.Generator().manual_seed(0), normalize_to=normalize_to)
     losses = vector(1, 2, 4)
     seen = set()
     for _ in range(20):

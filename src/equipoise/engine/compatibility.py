@@ -110,7 +110,7 @@ def _refuse_senseless_level(stages: Stages, network: Network) -> None:
     if stages.level == "parameters":
         return
     # What the user wrote: the line search where that is what asks for the features.
-    who = "level='features'" if search is None else type(search).__name__
+    who = stages.needs.features
     if stages.sharpness is not None:
         mend = "Leave `level` out" if search is None else "Use Backtracking"
         raise CombinationError(

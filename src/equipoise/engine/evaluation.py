@@ -45,12 +45,15 @@ class Evaluation(ABC):
     losses: Tensor
 
     @abstractmethod
-    def look(self, apart: bool = True) -> None:
+    def look(self, apart: bool = True) -> Evaluation:
         """Make the forward pass.
 
         Args:
             apart: whether the tasks' gradients are wanted one by one; False: only the sum of all,
                 equally weighted, which some networks get for less.
+
+        Returns:
+            The evaluation to go on with: this one, unless the losses turn out to need another.
 
         Raises:
             TaskError: a loss is not a scalar, not connected to the network, or not finite.
@@ -140,10 +143,10 @@ class Evaluation(ABC):
     def losses_or_nan(self) -> Tensor:
         """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""
         try:
-            self.look()
+            losses = self.look().losses
         except NonFiniteError:  # the next step will say so
             return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
-        return self.presence.spread(self.losses, torch.nan)
+        return self.presence.spread(losses, torch.nan)
 
     def culprit(self, rows: Rows) -> str | None:
         """The first task with a gradient that is not finite; slow, for the error message.

@@ -15,6 +15,7 @@ from equipoise.engine.gradients import Gradients
 from equipoise.engine.partition import Partition
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
+from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
 from equipoise.errors import EquipoiseError, TaskError, nearest
 from equipoise.replay import Replay
@@ -28,9 +29,7 @@ class GraphNetwork(Network):
     Args:
         module: the network.
         partition: which of its parameters are shared.
-        for_each_task: the stage that needs to know which one task a parameter belongs to; None:
-            there is none.
-        needs_rows: the aggregator that looks at what is shared; None: it does not.
+        needs: what the stages want of it.
     """
 
     has_state = True
@@ -39,14 +38,12 @@ class GraphNetwork(Network):
         self,
         module: nn.Module,
         partition: Partition,
-        for_each_task: str | None,
-        needs_rows: str | None,
+        needs: Needs,
     ) -> None:
         self.module = module
         self.partition = partition
         self.tasks = partition.tasks
-        self.for_each_task = for_each_task
-        self.needs_rows = needs_rows
+        self.needs = needs
 
     def evaluate(
         self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
@@ -147,22 +144,23 @@ class GraphEvaluation(Evaluation):
 
     # ------------------------------------------------------------------ the first look
 
-    def look(self, apart: bool = True) -> None:
+    def look(self, apart: bool = True) -> Evaluation:
         """Find out what is shared; the closure has been called already."""
         network, partition = self.network, self.network.partition
         values = zip(self.presence.names, self.values, strict=True)
         partition.update({task: v for task, v in values if v is not None}, self.ranks)
-        if network.for_each_task is not None:
-            partition.refuse_common(network.for_each_task)
+        if network.needs.owners is not None:
+            partition.refuse_common(network.needs.owners)
         self.shared = partition.shared
         self.own = [partition.own(task) for task in self.presence.names]
-        if not self.shared and len(self.own) > 1 and network.needs_rows is not None:
+        if not self.shared and len(self.own) > 1 and network.needs.rows is not None:
             raise EquipoiseError(
-                f"no parameter is reached by two tasks, so that {network.needs_rows} has nothing "
+                f"no parameter is reached by two tasks, so that {network.needs.rows} has nothing "
                 "to combine. Use Sum, or say by `shared` what is shared."
             )
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
+        return self
 
     # ------------------------------------------------------------------ backward
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError, nearest
 
-Shared = nn.Module | Iterable[nn.Parameter] | Iterable[str] | str
+Shared = nn.Module | Iterable[Tensor] | Iterable[str] | str
 """How a user says what is shared: a module, parameters, or patterns of their names."""
 
 
@@ -26,17 +26,18 @@ class Partition:
         shared: what is shared; None: what two or more tasks have reached so far.
 
     Raises:
-        ValueError: `shared` names no parameter of the network; names the nearest.
+        ValueError: `shared` names no parameter of the network (names the nearest), or the tasks are
+            no list of different names.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        tasks: Sequence[str],
+        tasks: Iterable[str],
         optimizer: torch.optim.Optimizer,
         shared: Shared | None,
     ) -> None:
-        self.tasks = tuple(tasks)
+        self.tasks = _checked(tasks)
         self.names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
@@ -79,6 +80,11 @@ class Partition:
                     "or leave `shared` out."
                 )
 
+    def reached(self) -> dict[Tensor, list[str]]:
+        """The parameters that have been reached, each with the tasks that have reached it."""
+        found = self._reached.items()
+        return {p: [t for i, t in enumerate(self.tasks) if mask >> i & 1] for p, mask in found}
+
     # ------------------------------------------------------------------ finding
 
     def update(self, losses: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -89,10 +95,11 @@ class Partition:
             ranks: the processes that train together.
         """
         found = self._reached.copy()
-        for leaf, mask in reached_leaves(list(losses.values())).items():
-            if isinstance(leaf, nn.Parameter) or leaf in self.names:
-                self.names.setdefault(leaf, f"parameter {len(self.names)}, held by nobody")
-                found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
+        with ranks.agreeing():
+            for leaf, mask in reached_leaves(list(losses.values())).items():
+                if isinstance(leaf, nn.Parameter) or leaf in self.names:
+                    self._name(leaf, ranks)
+                    found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
         changed = found != self._reached or self._frozen != sum(
             not p.requires_grad for p in self.names
         )
@@ -103,6 +110,15 @@ class Partition:
         if changed:
             self._reached = found
             self._sort()
+
+    def _name(self, leaf: Tensor, ranks: Ranks) -> None:
+        if leaf not in self.names and not ranks.alone:
+            raise EquipoiseError(
+                f"a loss reaches a parameter of shape {tuple(leaf.shape)} that neither the network "
+                "nor the optimizer holds, so that the processes cannot agree on it. Give it to the "
+                "optimizer."
+            )
+        self.names.setdefault(leaf, f"parameter {len(self.names)}, held by nobody")
 
     def _by_position(self, mask: int, losses: Mapping[str, Tensor]) -> int:
         """Bits in the order of this step's losses, put where the tasks have them."""
@@ -123,11 +139,7 @@ class Partition:
 
     def state_dict(self) -> dict[str, Any]:
         """Parameter name -> the names of the tasks that have reached it."""
-        tasks = self.tasks
-        return {
-            self.names[p]: [t for i, t in enumerate(tasks) if mask >> i & 1]
-            for p, mask in self._reached.items()
-        }
+        return {self.names[p]: tasks for p, tasks in self.reached().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave.
@@ -194,6 +206,17 @@ def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:
                 if child is not None and child not in seen
             ]
     return order
+
+
+def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The names of the tasks."""
+    names = tuple(tasks)
+    unlike = len(set(names)) == len(names) > 0 and all(isinstance(name, str) for name in names)
+    if isinstance(tasks, str) or not unlike:
+        raise ValueError(
+            f"the tasks are {tasks!r}; give a list of different names, or a dict, name -> loss."
+        )
+    return names
 
 
 def _chosen(module: nn.Module, shared: Shared, names: Mapping[Tensor, str]) -> set[Tensor]:

@@ -32,6 +32,20 @@ class Stateful(Protocol):
         """Take it over."""
 
 
+class Needs(NamedTuple):
+    """What stages want of a network; each is the name of the one that does, None if none does.
+
+    Attributes:
+        rows: looks at the gradients of what is shared.
+        owners: must know which one task a parameter belongs to that is not shared.
+        features: works on the features.
+    """
+
+    rows: str | None
+    owners: str | None
+    features: str | None
+
+
 class Descent(NamedTuple):
     """What a line search asks of a direction.
 
@@ -132,19 +146,18 @@ class Stages:
         return self.perturbation is not None or self.line_search is not None
 
     @property
-    def needs_rows(self) -> str | None:
-        """The stage that looks at gradients of what is shared; None: there is none."""
-        if self.weighting.needs_gram:
-            return self.weighting.name
-        return None if self.known(2) is not None else self.aggregator.name
-
-    @property
-    def for_each_task(self) -> str | None:
-        """The stage that must know which one task a parameter belongs to; None: there is none."""
-        for stage in (self.sharpness, self.line_search):
-            if stage is not None:
-                return type(stage).__name__
-        return "heads='weighted'" if self.heads == "weighted" else None
+    def needs(self) -> Needs:
+        """What they want of a network."""
+        known = None if self.weighting.needs_gram else self.known(2)
+        asks = self.weighting.name if self.weighting.needs_gram else self.aggregator.name
+        owners = [type(s).__name__ for s in (self.sharpness, self.line_search) if s is not None]
+        owners += ["heads='weighted'"] if self.heads == "weighted" else []
+        latent = "level='features'" if self.line_search is None else type(self.line_search).__name__
+        return Needs(
+            rows=asks if known is None else None,
+            owners=owners[0] if owners else None,
+            features=latent if self.level == "features" else None,
+        )
 
     def begin(self, presence: Presence) -> None:
         """Tell the aggregators which tasks are present."""

@@ -77,7 +77,7 @@ class Targets(Presence):
         self._left_out = {tasks[i] for i in left_out}
         with ranks.agreeing():
             self._take(tuple(tasks), targets, {} if masks is None else masks)
-        super().__init__(tasks, [self._count(task) for task in tasks], ranks)
+        super().__init__(tasks, [self.count(task) for task in tasks], ranks)
 
     def _take(
         self, tasks: tuple[str, ...], targets: Mapping[str, Any], masks: Mapping[str, Tensor]
@@ -93,7 +93,8 @@ class Targets(Presence):
         self._targets = targets
         self._keep = {task: labelled(task, targets[task], masks.get(task)) for task in targets}
 
-    def _count(self, task: str) -> float:
+    def count(self, task: str) -> float:
+        """How many labelled samples of a task this process holds."""
         if task not in self._targets or task in self._left_out:
             return 0.0
         keep = self._keep[task]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from equipoise.engine.boundary import Boundary, along_trunk, through_trunk, weighted_sum
 from equipoise.engine.direction import FeatureGradients
-from equipoise.engine.evaluation import Evaluation, Moving, Network
+from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
@@ -20,51 +20,12 @@ from equipoise.engine.targets import Targets, check_loss
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
-from equipoise.trunk import SeparateTrunks, SharedTrunk
+from equipoise.trunk import SharedTrunk
 
 TRUNK = "trunk"
 """The key under which a trunk's draws are recorded; a head's is its position."""
 
 Losses = Mapping[str, Callable[[Any, Any], Tensor]]
-
-
-class TrunkNetwork(Network):
-    """A SharedTrunk with a loss for each task; batches are inputs, targets and masks.
-
-    Args:
-        model: the network.
-        losses: task name -> callable(output, target); the mapping itself, not a copy.
-    """
-
-    has_features = True
-
-    def __init__(self, model: SharedTrunk, losses: Losses) -> None:
-        self.module = self.model = model
-        self.losses = losses
-        self.tasks = model.tasks
-        self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
-
-    def evaluate(
-        self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
-    ) -> TrunkEvaluation:
-        """Take inputs, targets and masks.
-
-        Raises:
-            TaskError: a target or a mask that does not fit its task.
-            EquipoiseError: a closure, or no target at all.
-        """
-        inputs, targets, masks = batch
-        if targets is None:
-            raise EquipoiseError(
-                "the step got no targets. A Step with a dict of losses takes step(inputs, "
-                "targets); to call step(closure), build it with the list of task names instead."
-            )
-        presence = Targets(self.tasks, targets, masks, ranks, left_out)
-        return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
-
-    def forget_gradients(self) -> None:
-        """Free the gradients of trunk and heads."""
-        self.model.zero_grad()
 
 
 class TrunkEvaluation(Evaluation):
@@ -106,7 +67,7 @@ class TrunkEvaluation(Evaluation):
 
     # ------------------------------------------------------------------ the first look
 
-    def look(self, apart: bool = True) -> None:
+    def look(self, apart: bool = True) -> Evaluation:
         """Pass the trunk once and each head once; with `apart` each on features of its own."""
         recording = self.replay.recording if self.replay else lambda *_: nullcontext()
         names, model = self.presence.names, self.model
@@ -126,6 +87,7 @@ class TrunkEvaluation(Evaluation):
                     self.values.append(self._loss(k, self.features.of(k)))
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
+        return self
 
     def _loss(self, k: int, features: Any) -> Tensor | None:
         task = self.presence.names[k]

@@ -6,25 +6,20 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError
-from equipoise.lab import data as datasets
 from equipoise.lab import (
     diagnose_page,
     diagnosing,
     grouping_command,
-    models,
-    options,
+    list_command,
+    own_methods,
     report,
-    schedules,
 )
 from equipoise.lab.comparison import (
     Comparison,
@@ -41,7 +36,6 @@ from equipoise.lab.diagnose_settings import MEASURES, Settings
 from equipoise.lab.progress import Display, Throttle
 from equipoise.lab.runs import Run, finished, refuse_another_run, seeded
 from equipoise.lab.summary import Over
-from equipoise.registry import METHODS
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -120,6 +114,7 @@ def train(
     precision: Precision = DEFAULT.precision,
     probes: Probes = DEFAULT.probes,
     threads: Threads = DEFAULT.threads,
+    methods: own_methods.MethodsOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/DATA-RECIPE-seedN.")
     ] = None,
@@ -128,7 +123,7 @@ def train(
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, optimizer=optimizer, schedule=schedule, device=device,
-        precision=precision, probes=probes, threads=threads,
+        precision=precision, probes=probes, threads=threads, methods=methods,
     )  # fmt: skip
     folder = out or Path("runs", f"{file_name(config.data)}-{run_name(config)}")
     refuse_another_run(config, folder)
@@ -162,6 +157,7 @@ def compare(
     precision: Precision = DEFAULT.precision,
     probes: Probes = DEFAULT.probes,
     threads: Threads = DEFAULT.threads,
+    methods: own_methods.MethodsOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     sign: SignOption = "improvement",
     over: OverOption = "metrics",
@@ -176,7 +172,7 @@ def compare(
     common = {
         "data": data, "data_root": data_root, "model": model, "epochs": epochs, "lr": lr,
         "batch_size": batch_size, "device": device, "precision": precision, "threads": threads,
-        "schedule": schedule, "optimizer": optimizer, "probes": probes,
+        "schedule": schedule, "optimizer": optimizer, "probes": probes, "methods": methods,
     }  # fmt: skip
     configs = [
         RunConfig.of(recipe=recipe, seed=seed, **common)
@@ -207,11 +203,13 @@ def write_report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Comparison or runs.")],
     sign: SignOption = "improvement",
     over: OverOption = "metrics",
+    methods: own_methods.MethodsOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; default: that of the runs.")
     ] = None,
 ) -> int:
     """Write the page: table, learning curves, weights, conflicts, the tasks against each other."""
+    own_methods.load(methods)
     folders = [folder for given in runs for folder in run_folders(given)]
     together = runs[0] if len(runs) == 1 else Path(os.path.commonpath([r.resolve() for r in runs]))
     target = out or together
@@ -251,18 +249,20 @@ def diagnose_runs(
     device: Device = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Measure also what is there.")] = False,
+    methods: own_methods.MethodsOption = None,
 ) -> int:
     """Measure finished runs: conflicts, robustness, entropy, calibration, flatness.
 
     Each run folder gets diagnostics.json and a page. Given again, the command measures what is
     missing.
     """
+    own = own_methods.load(methods)
     settings = Settings(
         tuple(dict.fromkeys(only or MEASURES)),  # ty: ignore[invalid-argument-type]
         samples or None, radii, draws, points, span, ood,
     )  # fmt: skip
     folders = diagnosing.finished_runs(runs)
-    work = [diagnosing.Job(folder, settings, data_root, device, again) for folder in folders]
+    work = [diagnosing.Job(folder, settings, data_root, device, again, own) for folder in folders]
     diagnosing.check(work)
     for folder in folders:
         writable(folder, "make it writable, or copy it")
@@ -285,35 +285,7 @@ def diagnose_runs(
 app.command("group")(grouping_command.group)
 
 
-@app.command("list")
-def list_names() -> None:
-    """Show the methods by axis, the data sets and the models."""
-    kinds: dict[str, dict[str, list[str]]] = {}  # kind -> description -> names
-    for method in METHODS.values():
-        names = kinds.setdefault(method.axis, {}).setdefault(method.summary, [])
-        names.append(method.token)
-    for kind, registry in (
-        ("data", datasets.DATASETS), ("model", models.MODELS), ("schedule", schedules.SCHEDULES),
-    ):  # fmt: skip
-        kinds[kind] = {
-            f"{first_line(build)}\n({options.written(build)})": [name]
-            for name, build in registry.items()
-        }
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for kind, entries in kinds.items():
-        for i, (text, names) in enumerate(entries.items()):
-            table.add_row("" if i else kind, ", ".join(names), text)
-        table.add_row()
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        "A recipe joins one of each axis: igbv1+cagrad. With -ub an aggregation works on the "
-        "features instead of the parameters; with f- before it, it seeks flat regions (a-: the "
-        "naive way): f-cagrad(rho=0.1). A line search makes plain SGD steps as long as all tasks "
-        "agree to: bls+mgda. stl trains one network for each task. Options of "
-        "data, model and schedule, here with their defaults, go into parentheses: "
-        "--data 'multidigits(canvas=24)'."
-    )
+app.command("list")(list_command.list_names)
 
 
 def parse_seeds(given: list[str]) -> list[int]:
@@ -363,11 +335,6 @@ def writable(folder: Path, mend: str = "choose another --out") -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"cannot write to {folder} ({error.strerror}); {mend}.") from None
-
-
-def first_line(thing: Callable[..., Any]) -> str:
-    """The first line of a docstring."""
-    return (thing.__doc__ or "").strip().split("\n")[0]
 
 
 def complain(message: str) -> None:

@@ -68,7 +68,7 @@ class Comparison:
     """The runs of `configs` in the folder `out`, in the order given.
 
     Args:
-        configs: what to run; two of them may differ in recipe and seed only.
+        configs: what to run; two of them may differ in recipe, its methods and seed only.
         out: the comparison folder.
 
     Raises:
@@ -77,7 +77,7 @@ class Comparison:
 
     def __init__(self, configs: Sequence[RunConfig], out: str | Path) -> None:
         self.out = Path(out)
-        self.common = configs[0].model_dump(mode="json", exclude={"recipe", "seed"})
+        self.common = configs[0].model_dump(mode="json", exclude={"recipe", "methods", "seed"})
         self.jobs = [Job(c, self.out / "runs" / run_name(c)) for c in configs]
         path = self.out / "comparison.json"
         if path.exists():

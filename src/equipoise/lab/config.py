@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from equipoise.errors import EquipoiseError
 from equipoise.lab import data as datasets
-from equipoise.lab import models, schedules
+from equipoise.lab import models, own_methods, schedules
 from equipoise.recipe import Recipe
 
 PACKAGES = ("equipoise", "torch", "numpy", "scipy", "lightning-fabric", "torchmetrics", "pillow")
@@ -35,6 +43,8 @@ class RunConfig(BaseModel):
 
     recipe: str
     """Written in the canonical form, whatever was given: "CAGrad+IGBv1" becomes "igbv1+cagrad"."""
+    methods: tuple[str, ...] = ()
+    """Where the recipe's methods of one's own come from: files by absolute paths, and modules."""
     data: str = "multidigits"
     """With options, if any: "multifashion(train=3000)"; in the canonical form, as `model` too."""
     data_root: str | None = None
@@ -60,6 +70,17 @@ class RunConfig(BaseModel):
     one trunk backward a task each; 0: they are not."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch. Part of the configuration, for sums depend on it in the last digit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _load(cls, values: Any) -> Any:
+        return {**values, "methods": own_methods.load(values.get("methods"))}
+
+    @field_validator("methods")
+    @classmethod
+    def _used(cls, methods: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        recipe = info.data.get("recipe")  # not there if it could not be read
+        return methods if recipe is None else own_methods.used(recipe, methods)
 
     @field_validator("recipe")
     @classmethod
@@ -108,6 +129,11 @@ class RunConfig(BaseModel):
             )
         return device
 
+    def read_recipe(self) -> Recipe:
+        """The recipe, in a process that does not know its methods yet too."""
+        own_methods.load(self.methods)
+        return Recipe.parse(self.recipe)
+
     @classmethod
     def of(cls, **values: Any) -> RunConfig:
         """A configuration from its fields.
@@ -134,7 +160,7 @@ def refuse_difference(there: Mapping[str, Any], here: Mapping[str, Any], folder:
     Raises:
         ConfigError: names the first field that differs, with both values.
     """
-    fields = {key: field.default for key, field in RunConfig.model_fields.items()}
+    fields = RunConfig.model_construct().model_dump(mode="json", exclude={"recipe"})
     there = {key: there.get(key, fields.get(key)) for key in (*here, *there)}
     for key in (*here, *(key for key in there if key not in here)):
         if there.get(key) != here.get(key):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ def diagnose(
     data_root: str | None = None,
     device: str = "auto",
     again: bool = False,
+    methods: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure the selected networks of a finished run; `folder`/diagnostics.json keeps it.
@@ -59,6 +60,7 @@ def diagnose(
         data_root: folder of the data set's files, if they are elsewhere now.
         device: "auto", "cpu", "cuda" or "cuda:1".
         again: measure also what is there already.
+        methods: files and modules of the recipe's own methods, if they are elsewhere now.
         progress: see `Progress`.
 
     Returns:
@@ -71,7 +73,7 @@ def diagnose(
     """
     folder = Path(folder)
     settings = settings or Settings()
-    config = configuration(folder, data_root, device)
+    config = configuration(folder, data_root, device, methods)
     found = known(folder, settings, config, again)
     todo = [m for m in settings.only if m not in found["measures"]]
     if todo:
@@ -84,7 +86,12 @@ def diagnose(
     return found
 
 
-def configuration(folder: Path, data_root: str | None = None, device: str = "auto") -> RunConfig:
+def configuration(
+    folder: Path,
+    data_root: str | None = None,
+    device: str = "auto",
+    methods: Sequence[str] = (),
+) -> RunConfig:
     """The configuration of a finished run, for looking at it here.
 
     Raises:
@@ -100,6 +107,8 @@ def configuration(folder: Path, data_root: str | None = None, device: str = "aut
     given |= {"device": device, "precision": "32-true"}
     if data_root is not None:
         given["data_root"] = data_root
+    if methods:
+        given["methods"] = methods
     return RunConfig.of(**given)
 
 

@@ -27,6 +27,7 @@ class Job:
     data_root: str | None = None
     device: str = "auto"
     again: bool = False
+    methods: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -42,6 +43,7 @@ class Job:
                 data_root=self.data_root,
                 device=self.device,
                 again=self.again,
+                methods=self.methods,
                 progress=Pace(send),
             )
             diagnose_page.write(self.folder)
@@ -79,7 +81,7 @@ def check(jobs: Sequence[Job]) -> None:
     """
     seen = set()
     for job in jobs:
-        config = configuration(job.folder, job.data_root, job.device)
+        config = configuration(job.folder, job.data_root, job.device, job.methods)
         known(job.folder, job.settings, config, job.again)
         if (config.data, config.data_root) in seen:
             continue

@@ -34,7 +34,6 @@ from equipoise.lab.evaluation import Values, evaluate
 from equipoise.lab.files import DamagedError, read_json, write_json, write_text
 from equipoise.lab.grouping_runs import GradientsRun, LookaheadRun, MapsRun, Telling, kinds
 from equipoise.lab.progress import Display, Throttle
-from equipoise.recipe import Recipe
 
 By = Literal["maps", "stl-maps", "gradients", "lookahead"]
 
@@ -102,7 +101,7 @@ class Grouping:
     def __post_init__(self) -> None:
         if self.config.task_weights is not None:
             raise ConfigError("a grouping finds task weights itself.")
-        if Recipe.parse(self.config.recipe).is_stl:
+        if self.config.read_recipe().is_stl:
             raise ConfigError(
                 "stl trains tasks apart, and has no use for groups; for groups by the maps of "
                 "single tasks give --by stl-maps."

@@ -7,8 +7,10 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from equipoise import call
 from equipoise.lab.config import ConfigError, RunConfig
+from equipoise.lab.own_methods import MethodsOption
+from equipoise.text import read as read_call
+from equipoise.text import show
 
 DEFAULT = RunConfig.model_construct()
 
@@ -57,6 +59,7 @@ def group(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = DEFAULT.device,
     precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = DEFAULT.precision,
     threads: Annotated[int, typer.Option(help="CPU threads of one run.")] = DEFAULT.threads,
+    methods: MethodsOption = None,
     jobs: Annotated[int, typer.Option(min=1, help="Networks trained side by side.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/group-DATA.")] = None,
 ) -> int:
@@ -72,14 +75,14 @@ def group(
 
     if tasks is not None:
         try:
-            name, options = call.read(data)
+            name, options = read_call(data)
         except ValueError as error:
             raise ConfigError(f"data {data!r}: {error}") from error
-        data = call.show(name, {**options, "tasks": tasks})
+        data = show(name, {**options, "tasks": tasks})
     config = RunConfig.of(
         recipe=recipe, data=data, data_root=data_root, model=model, epochs=epochs, seed=seed,
         batch_size=batch_size, lr=lr, device=device, precision=precision, threads=threads,
-        probes=0,
+        methods=methods, probes=0,
     )  # fmt: skip
     for name, value, known in (
         ("method", method, get_args(Method)),

@@ -10,7 +10,6 @@ from equipoise.lab import models
 from equipoise.lab.config import RunConfig
 from equipoise.lab.data.base import Batch, Data
 from equipoise.lab.files import DamagedError, read_state
-from equipoise.recipe import Recipe
 from equipoise.trunk import SeparateTrunks, SharedTrunk
 
 
@@ -54,7 +53,7 @@ def selected(config: RunConfig, data: Data, folder: Path) -> SharedTrunk:
         DamagedError: checkpoint.ckpt cannot be read, or is that of another network.
     """
     model = models.build(config.model, data)
-    if Recipe.parse(config.recipe).is_stl:
+    if config.read_recipe().is_stl:
         model = model.separated()
     path = folder / "checkpoint.ckpt"
     try:

@@ -8,11 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from equipoise import call
 from equipoise.lab import data as datasets
 from equipoise.lab import options
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.data.base import Batch, Data, DataError, loader
+from equipoise.text import show
 
 NOTHING = "none"
 PARTNERS = {"multimnist": "multifashion", "multifashion": "multimnist"}
@@ -65,7 +65,7 @@ def _partner(text: str, root: str | None) -> str | None:
     name, given = options.read(text, datasets.DATASETS, "data set", DataError)
     if name not in PARTNERS:
         return None
-    partner = datasets.canonical(call.show(PARTNERS[name], {**given, "train": 1, "val": 1}))
+    partner = datasets.canonical(show(PARTNERS[name], {**given, "train": 1, "val": 1}))
     try:
         datasets.load(partner, root)
     except DataError:

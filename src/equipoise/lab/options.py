@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from equipoise import call
 from equipoise.errors import EquipoiseError, nearest
+from equipoise.text import read as read_call
+from equipoise.text import show_value
 
 FROM_CONTEXT = ("root", "data", "optimizer")
 """Arguments from elsewhere: --data-root, the data set of a model, the optimizer of a schedule."""
@@ -27,7 +28,7 @@ def defaults(factory: Callable[..., Any]) -> dict[str, Any]:
 
 def written(factory: Callable[..., Any]) -> str:
     """The options with their default values, as one would give them."""
-    return ", ".join(f"{k}={call.show_value(v)}" for k, v in defaults(factory).items()) or "none"
+    return ", ".join(f"{k}={show_value(v)}" for k, v in defaults(factory).items()) or "none"
 
 
 def read(
@@ -49,7 +50,7 @@ def read(
             type of a value is not known. Says what is.
     """
     try:
-        given, options = call.read(text)
+        given, options = read_call(text)
     except ValueError as problem:
         raise error(f"{what} {text!r}: {problem}") from None
     by_plain_name = {known.lower(): known for known in registry}
@@ -79,9 +80,7 @@ def chosen(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str,
         try:
             fitted[name] = fit(value, hint)
         except TypeError:
-            raise ValueError(
-                f"{name} is {call.show_value(value)}; it takes {in_words(hint)}."
-            ) from None
+            raise ValueError(f"{name} is {show_value(value)}; it takes {in_words(hint)}.") from None
     return {name: value for name, value in fitted.items() if value != known[name]}
 
 
@@ -118,7 +117,7 @@ def in_words(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(in_words, get_args(hint)))
     if origin is Literal:
-        return " or ".join(map(call.show_value, get_args(hint)))
+        return " or ".join(map(show_value, get_args(hint)))
     if origin is tuple:
         return f"({', '.join(map(in_words, get_args(hint)))})"
     return "none" if hint is NoneType else hint.__name__

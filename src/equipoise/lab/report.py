@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from equipoise.diagnostics import Sign
 from equipoise.errors import EquipoiseError, RecipeError
-from equipoise.lab import figures, flat_report, paired, searches
+from equipoise.lab import figures, flat_report, own_methods, paired, searches
 from equipoise.lab.files import write_text
 from equipoise.lab.folders import History, Run, listed, read
 from equipoise.lab.pages import Section, picture, render
@@ -61,6 +61,8 @@ def write(
         found = {run: found[run] for run in (*order, *found) if run in found}
     if not found:
         raise EquipoiseError(f"there is no run to report in {folder}.")
+    for run in found.values():
+        own_methods.load_if_there(run.config.get("methods", ()))
     path = folder / NAME
     try:
         write_text(path, page(list(found.values()), sign, missing, over))

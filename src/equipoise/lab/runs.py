@@ -32,7 +32,6 @@ from equipoise.lab.files import (
 )
 from equipoise.lab.results import Result, described, upgraded
 from equipoise.lab.schedules import Schedule
-from equipoise.recipe import Recipe
 from equipoise.report import StepReport
 from equipoise.trunk import SharedTrunk
 
@@ -116,7 +115,7 @@ class Run:
         self.fabric.to_device(model)
         losses = {task.name: task.loss for task in self.data.tasks}
         self.steps = len(loader(self.data.train, config.batch_size, shuffle_seed=None))
-        self.step = Recipe.parse(config.recipe).build(
+        self.step = config.read_recipe().build(
             model, losses, config.lr, self.steps, optimizer=OPTIMIZERS[config.optimizer],
             seed=config.seed, task_weights=config.task_weights,
         )  # fmt: skip

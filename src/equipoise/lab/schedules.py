@@ -8,9 +8,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 
-from equipoise import call
 from equipoise.errors import EquipoiseError
 from equipoise.lab import options
+from equipoise.text import show
 
 
 class ScheduleError(EquipoiseError, ValueError):
@@ -122,7 +122,7 @@ def canonical(text: str) -> str:
     Raises:
         ScheduleError: a name, an option or the type of a value is not known; says what is.
     """
-    return call.show(*options.read(text, SCHEDULES, "schedule", ScheduleError))
+    return show(*options.read(text, SCHEDULES, "schedule", ScheduleError))
 
 
 def _refuse_factor(name: str, factor: float) -> None:

@@ -14,7 +14,7 @@ class RLWSI(RLW, SI):
 
     Args:
         generator: as of RLW.
-        normalise_to: as of RLW.
+        normalize_to: as of RLW.
         cap: upper bound of w_i / L_i; None: no bound.
 
     Raises:
@@ -27,10 +27,10 @@ class RLWSI(RLW, SI):
     def __init__(
         self,
         generator: torch.Generator | None = None,
-        normalise_to: float | None = None,
+        normalize_to: float | None = None,
         cap: float | None = None,
     ) -> None:
-        super().__init__(generator, normalise_to)
+        super().__init__(generator, normalize_to)
         self._set_cap(cap)
 
 

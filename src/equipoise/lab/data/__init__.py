@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from equipoise import call
 from equipoise.lab import options
 from equipoise.lab.data import celeba, cifar, cityscapes, cityscapes_release, multimnist, nyuv2
 from equipoise.lab.data.base import Data, DataError, Split, loader
 from equipoise.lab.data.digits import digits_attributes, multidigits
 from equipoise.lab.data.qm9 import qm9
 from equipoise.lab.data.qm9_lite import qm9_lite
+from equipoise.text import show
 
 __all__ = ["DATASETS", "Data", "DataError", "Split", "canonical", "load", "loader"]
 
@@ -40,7 +40,7 @@ def canonical(text: str) -> str:
     Raises:
         DataError: a name, an option or the type of a value is not known; says what is.
     """
-    return call.show(*options.read(text, DATASETS, "data set", DataError))
+    return show(*options.read(text, DATASETS, "data set", DataError))
 
 
 def load(text: str, root: str | Path | None = None, **more: Any) -> Data:

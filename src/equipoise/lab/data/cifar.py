@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from equipoise import call
 from equipoise.lab.data import pickled
 from equipoise.lab.data.base import Data, DataError, Split
 from equipoise.lab.data.weights import balance
 from equipoise.lab.tasks import Task
+from equipoise.text import show_value
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SHAPE = (3, 32, 32)
@@ -322,13 +322,13 @@ def _chosen(
     wanted = room if train is None else train
     if wanted < 1 or wanted > room:
         raise ValueError(
-            f"{source.name}: train is {call.show_value(train)} and val {val}, but there are "
+            f"{source.name}: train is {show_value(train)} and val {val}, but there are "
             f"{len(ours)} training images; give sizes that fit."
         )
     tested = len(theirs) if test is None else test
     if not 1 <= tested <= len(theirs):
         raise ValueError(
-            f"{source.name}: test is {call.show_value(test)}, but there are {len(theirs)} test "
+            f"{source.name}: test is {show_value(test)}, but there are {len(theirs)} test "
             "images; give a number that fits."
         )
     return [ours[:wanted], ours[room:], theirs[:tested]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from equipoise import call
 from equipoise.errors import EquipoiseError
 from equipoise.lab import options
 from equipoise.lab.data.base import Data
@@ -15,6 +14,7 @@ from equipoise.lab.models.mpnn import MPNN, mpnn
 from equipoise.lab.models.pspnet import DilatedResNet50, resnet50_pspnet
 from equipoise.lab.models.resnet import ResNet18, resnet18
 from equipoise.lab.models.segnet import SegNet, segnet, segnet_mtan
+from equipoise.text import show
 from equipoise.trunk import SharedTrunk
 
 __all__ = [
@@ -44,7 +44,7 @@ def canonical(text: str) -> str:
     Raises:
         ModelError: a name, an option or the type of a value is not known; says what is.
     """
-    return call.show(*options.read(text, MODELS, "model", ModelError))
+    return show(*options.read(text, MODELS, "model", ModelError))
 
 
 def build(text: str, data: Data, **more: Any) -> SharedTrunk:

@@ -137,10 +137,10 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "canonical"),
     [
-        ("cagrad(every=10)", "cagrad(every=10)"),
-        ("si+CAGrad(every=10, c=0.5)", "si+cagrad(c=0.5, every=10)"),
-        ("pcgrad-ub(every=2)", "pcgrad-ub(every=2)"),
-        ("mgda(every=1)", "mgda"),
+        ("cagrad(update_every=10)", "cagrad(update_every=10)"),
+        ("si+CAGrad(update_every=10, c=0.5)", "si+cagrad(c=0.5, update_every=10)"),
+        ("pcgrad-ub(update_every=2)", "pcgrad-ub(update_every=2)"),
+        ("mgda(update_every=1)", "mgda"),
     ],
 )
 def test_recipes(text: str, canonical: str) -> None:
@@ -152,7 +152,9 @@ def test_recipes(text: str, canonical: str) -> None:
     assert isinstance(built.aggregator, Every) == ("every" in canonical)
 
 
-@pytest.mark.parametrize("text", ["mgda(every=0)", "mgda(every=2.5)", "sum(every=2)"])
+@pytest.mark.parametrize(
+    "text", ["mgda(update_every=0)", "mgda(update_every=2.5)", "sum(update_every=2)"]
+)
 def test_recipes_that_are_refused(text: str) -> None:
     with pytest.raises(eq.RecipeError):
         eq.Recipe.parse(text)

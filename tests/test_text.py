@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise import call
+from equipoise import text as texts
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,10 @@ from equipoise import call
     ],
 )  # fmt: skip
 def test_read(text, name, values):
-    found = call.read(text)
+    found = texts.read(text)
     assert found == (name, values)
     assert [type(value) for value in found[1].values()] == [type(v) for v in values.values()]
-    assert call.read(call.show(*found)) == found
+    assert texts.read(texts.show(*found)) == found
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_read(text, name, values):
 )
 def test_what_cannot_be_read(text, sentence):
     with pytest.raises(ValueError) as caught:
-        call.read(text)
+        texts.read(text)
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value)
 
@@ -70,8 +70,8 @@ def test_what_cannot_be_read(text, sentence):
     ],
 )
 def test_canonical_text(values, text):
-    assert call.show("a", values) == text
-    assert call.read(text) == ("a", values)
+    assert texts.show("a", values) == text
+    assert texts.read(text) == ("a", values)
 
 
 VALUES = st.recursive(
@@ -85,6 +85,6 @@ VALUES = st.recursive(
 @given(st.from_regex(r"[A-Za-z0-9-]+", fullmatch=True),
        st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), VALUES, max_size=4))  # fmt: skip
 def test_the_canonical_text_reads_back(name, values):
-    text = call.show(name, values)
-    assert call.read(text) == (name, values)
-    assert call.show(*call.read(text)) == text
+    text = texts.show(name, values)
+    assert texts.read(text) == (name, values)
+    assert texts.show(*texts.read(text)) == text

@@ -180,15 +180,16 @@ def test_recipes_name_it() -> None:
         return eq.Recipe.parse(text).build(model, all_tasks(model, F.mse_loss), 0.1, 1)
 
     assert build("igbv1+mgda").heads == "own"
-    step = build("igbv1+mgda(every=2, weights_on_all=true)")
+    step = build("igbv1+mgda(update_every=2, heads=weighted)")
     assert step.heads == "weighted"
     assert step.aggregator.k == 2
-    assert build("cagrad-ub(weights_on_all=TRUE)").heads == "weighted"
-    recipe = eq.Recipe.parse("igbv1+nash(max_norm=none, weights_on_all=true)")
-    assert str(recipe) == "igbv1+nash(max_norm=none, weights_on_all=true)"
-    assert str(eq.Recipe.parse("mgda(weights_on_all=false)")) == "mgda"
+    assert build("cagrad-ub(heads=weighted)").heads == "weighted"
+    recipe = eq.Recipe.parse("igbv1+nash(max_norm=none, heads=weighted)")
+    assert str(recipe) == "igbv1+nash(heads=weighted, max_norm=none)"
+    assert eq.Recipe.parse(str(recipe)) == recipe
+    assert str(eq.Recipe.parse("mgda(heads=own)")) == "mgda"
     for text in ("graddrop", "f-mgda", "sum", "stl"):
-        with pytest.raises(eq.RecipeError, match="has no parameter 'weights_on_all'"):
-            eq.Recipe.parse(f"{text}(weights_on_all=true)")
-    with pytest.raises(eq.RecipeError, match="weights_on_all is 1; it takes bool"):
-        eq.Recipe.parse("mgda(weights_on_all=1)")
+        with pytest.raises(eq.RecipeError, match="has no parameter 'heads'; it takes"):
+            eq.Recipe.parse(f"{text}(heads=weighted)")
+    with pytest.raises(eq.RecipeError, match="heads is True; it takes 'own' or 'weighted'"):
+        eq.Recipe.parse("mgda(heads=true)")

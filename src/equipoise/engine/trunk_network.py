@@ -1,0 +1,151 @@
+"""A SharedTrunk seen from a step: the fast way, and any graph where losses reach beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.engine.evaluation import Evaluation, Network
+from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
+from equipoise.engine.partition import Partition
+from equipoise.engine.ranks import Ranks
+from equipoise.engine.stages import Needs
+from equipoise.engine.targets import Targets
+from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
+from equipoise.errors import CombinationError, EquipoiseError
+from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
+from equipoise.trunk import SeparateTrunks, SharedTrunk
+
+
+class TrunkNetwork(Network):
+    """A SharedTrunk with a loss for each task; batches are inputs, targets and masks.
+
+    Heads are differentiated on detached features. What a loss reaches besides its own head and the
+    features (a parameter of its own, the trunk's weights, another head) would be lost; the first
+    step with labels of a task looks for it. Where there is such a path, this and all later steps
+    differentiate the whole graph instead, as they do for a closure.
+
+    Args:
+        model: the network.
+        losses: task name -> callable(output, target); the mapping itself, not a copy.
+        optimizer: may hold parameters of the losses.
+        needs: what the stages want of it.
+
+    Attributes:
+        checked: the tasks whose losses are known to reach nothing else.
+    """
+
+    has_features = True
+
+    def __init__(
+        self, model: SharedTrunk, losses: Losses, optimizer: torch.optim.Optimizer, needs: Needs
+    ) -> None:
+        self.module = self.model = model
+        self.losses = losses
+        self.optimizer = optimizer
+        self.needs = needs
+        self.tasks = model.tasks
+        self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
+        self.checked: set[str] = set()
+        self._graph: GraphNetwork | None = None
+
+    def evaluate(
+        self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
+    ) -> Evaluation:
+        """Take inputs, targets and masks.
+
+        Raises:
+            TaskError: a target or a mask that does not fit its task.
+            EquipoiseError: a closure, or no target at all.
+        """
+        inputs, targets, masks = batch
+        if targets is None:
+            raise EquipoiseError(
+                "the step got no targets. A Step with a dict of losses takes step(inputs, "
+                "targets); to call step(closure), build it with the list of task names instead."
+            )
+        presence = Targets(self.tasks, targets, masks, ranks, left_out)
+        if self._graph is not None:
+            return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
+        if self.checked.issuperset(presence.names):
+            return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
+        return _CheckedEvaluation(self, inputs, presence, ranks, again)
+
+    def forget_gradients(self) -> None:
+        """Free the gradients of trunk and heads, and of what else was found."""
+        self.model.zero_grad()
+        if self._graph is not None:
+            self._graph.forget_gradients()
+
+    # ------------------------------------------------------------------ paths beyond the heads
+
+    def beyond(self, look: TrunkEvaluation) -> dict[Tensor, list[str]]:
+        """The parameters that a loss reaches besides its own head, each with the tasks that do."""
+        partition = Partition(self.model, self.tasks, self.optimizer, None)
+        values = zip(look.presence.names, look.values, strict=True)
+        partition.update({task: v for task, v in values if v is not None}, look.ranks)
+        own = {p: [task] for task in self.tasks for p in self.model.head_parameters(task)}
+        return {p: tasks for p, tasks in partition.reached().items() if tasks != own.get(p)}
+
+    def by_graph(
+        self, look: TrunkEvaluation, beyond: Mapping[Tensor, list[str]], again: bool
+    ) -> GraphEvaluation:
+        """The same batch, with the whole graph; and so from now on.
+
+        Raises:
+            CombinationError: a stage works on the features, where such a path does not pass.
+        """
+        if self.needs.features is not None:
+            parameter, tasks = next(iter(beyond.items()))
+            names = {p: f"parameter {name!r}" for name, p in self.model.named_parameters()}
+            raise CombinationError(
+                f"{self.needs.features} and the loss of task {tasks[0]!r}: it reaches "
+                f"{names.get(parameter, 'a parameter of its own')} without passing through the "
+                "features. Work at the parameters: level='parameters', or Backtracking."
+            )
+        common = [p for p, tasks in beyond.items() if len(tasks) > 1]
+        shared = dict.fromkeys((*self.model.trunk.parameters(), *common))
+        partition = Partition(self.model, self.tasks, self.optimizer, list(shared))
+        self._graph = GraphNetwork(self.model, partition, self.needs)
+        return self._evaluate_graph(self._graph, look.inputs, look.targets, look.ranks, again)
+
+    def _evaluate_graph(
+        self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
+    ) -> GraphEvaluation:
+        def losses() -> dict[str, tuple[Tensor, float]]:
+            features = self.model.trunk(inputs)
+            found = {}
+            for task in targets.names:
+                if targets.here(task):
+                    output, target = targets.pair(task, self.model.head(task, features))
+                    found[task] = self.losses[task](output, target), targets.count(task)
+            return found
+
+        return GraphEvaluation(graph, losses, ranks, frozenset(), again)
+
+
+class _CheckedEvaluation(TrunkEvaluation):
+    """The first look at a task's labels, which also looks where its loss reaches."""
+
+    def __init__(
+        self, network: TrunkNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
+    ) -> None:
+        super().__init__(network.model, network.losses, inputs, targets, ranks, again)
+        self.network, self.again = network, again
+
+    def look(self, apart: bool = True) -> Evaluation:
+        """Make the forward pass; once more, with the whole graph, if a loss reaches beyond."""
+        random, buffers = RandomState(devices_of(self.model)), copy_of_buffers(self.model)
+        super().look(apart)
+        if not torch.is_grad_enabled():
+            return self
+        beyond = self.network.beyond(self)
+        if not beyond:
+            self.network.checked |= set(self.presence.names)
+            return self
+        put_back(buffers)
+        random.restore()
+        return self.network.by_graph(self, beyond, self.again).look(apart)
