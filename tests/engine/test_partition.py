@@ -130,7 +130,9 @@ def test_tasks_that_never_meet_share_what_both_have_reached() -> None:
     assert roles(net) == (shared, a)
 
 
-@pytest.mark.parametrize("way", [lambda net: None, lambda net: net.common.parameters()])
+@pytest.mark.parametrize(
+    "way", [lambda net: None, lambda net: net.common.parameters()], ids=["found", "generator"]
+)
 def test_another_aggregator_keeps_what_was_found(way: Callable) -> None:
     net = network("cgc")
     step = step_on(net, None, eq.MGDA(), shared=way(net), lr=0.0)
