@@ -21,13 +21,13 @@ from equipoise.engine.latent_search_pass import LatentSearch
 from equipoise.engine.partition import Partition, Shared
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
-from equipoise.engine.saving import load, saved, undone_on_error
+from equipoise.engine.saving import held_outside, load, saved, undone_on_error
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
 from equipoise.engine.stages import Stages
 from equipoise.engine.trunk_network import TrunkNetwork
 from equipoise.engine.update import Update, adopt, held_by
-from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
+from equipoise.errors import EquipoiseError
 from equipoise.linalg import finite_norm
 from equipoise.line_search.base import LatentLineSearch, LineSearch
 from equipoise.replay import RandomState, replayed
@@ -144,11 +144,13 @@ class Step:
         Raises:
             TaskError: what is wrong with which task. A step that raises has changed nothing:
                 parameters, buffers, optimizer, stages and random generators are as before (only
-                the gradients of the step before are gone).
+                the gradients of the step before are gone); but an error in the look at the updated
+                network for which FAMO asks leaves the step made.
         """
         stages, batch = self._stages, (inputs, targets, masks)
         devices = {p.device for p in held_by(self.optimizer)}
-        with undone_on_error(self.model, stages.touched(), devices) as before:
+        parts = [*stages.touched(), self._network]
+        with undone_on_error(self.model, parts, devices) as before:
             look = self._evaluate(batch, stages.looks_again)
             before.names = look.presence.names
             if not before.names:
@@ -156,7 +158,7 @@ class Step:
             self._network.forget_gradients()  # P numbers less while the rows are formed
             known = self._known(look)
             look = look.look(apart=known is None or bool((known != known[0]).any()))
-            weighted = factors_of(stages.weighting, look.losses, look.presence, self._lr)
+            weighted = factors_of(stages.weighting, look.losses, look.presence, self.optimizer)
             factors, learned = weighted.factors, weighted.learned
             rows = second = found = None
 
@@ -183,17 +185,15 @@ class Step:
 
             norm = finite_norm(shared)
             if norm is None or finite_norm(itertools.chain(*heads)) is None:
-                raise self._non_finite(batch, before.random)
+                raise self._not_finite(batch, before.random)
             update = Update(self.optimizer, self.clip_norm, look, stages.weighting.learnable)
             if self.line_search is None:
                 update.step(shared, heads, learned)
             else:
-                if stages.level == "features":
-                    buffer = partial(self._buffer, look)
-                    search = LatentSearch(look, stages, factors, own, update, buffer)
-                else:
-                    clean = scaled(raw, factors) if second else own
-                    search = Search(look, stages, factors, clean, update, rows, second)
+                clean = scaled(raw, factors) if second else own
+                kind = LatentSearch if stages.level == "features" else Search
+                buffer = partial(self._buffer, look)
+                search = kind(look, stages, factors, clean, update, buffer, rows, second)
                 found, result, norm = search.along(result, shared, heads, learned)
             report = StepReport.of(look.presence, look.losses, weighted, result, norm, found)
         if second:
@@ -217,12 +217,6 @@ class Step:
         known = self._stages.known(len(look.presence.names))
         return None if known is None else self._ranks.from_first(known)
 
-    @property
-    def _lr(self) -> float | None:
-        """The learning rate, for a weighting that declares to need it."""
-        method = self._stages.weighting.method
-        return float(self.optimizer.param_groups[0]["lr"]) if method and method.needs_lr else None
-
     def _buffer(self, look: Evaluation) -> Rows:
         """The (T, P) buffer, made anew only if the shared parameters have changed."""
         if self._rows is None or not self._rows.fit(look.shared):
@@ -230,14 +224,11 @@ class Step:
             self._rows = Rows(look.shared, len(self.tasks), self._ranks)
         return self._rows
 
-    def _non_finite(self, batch: Any, before: RandomState) -> EquipoiseError:
+    def _not_finite(self, batch: Any, before: RandomState) -> EquipoiseError:
         """The error for a gradient that is not finite: names the task, and costs a replay."""
         before.restore()  # the same dropout masks again
         look = self._evaluate(batch, again=False).look()
-        task = look.culprit(self._buffer(look))
-        if task is None:
-            return EquipoiseError("each task's gradient is finite, but together they overflow.")
-        return NonFiniteError(task, NOT_FINITE)
+        return look.not_finite(self._buffer(look))
 
     def _let_weighting_learn(self, batch: Any, report: StepReport, before: RandomState) -> None:
         """Show the weighting what it declares to need of the step that was made."""
@@ -254,19 +245,22 @@ class Step:
     def _take(self, **answers: Any) -> None:
         """Take the answers to the four questions, if they go together."""
         losses, others = answers["losses"], {k: v for k, v in answers.items() if k != "losses"}
+        network: Network
         stages = Stages.of(**others, descending=MGDA())
-        if isinstance(losses, Mapping):
+        if losses is self.__dict__.get("losses"):
+            network = self._network  # which keeps what it knows
+        elif isinstance(losses, Mapping):
             answers["losses"] = losses = dict(losses)
             model = shared_trunk(self.model, losses, self._shared)
-            network: Network = TrunkNetwork(model, losses, self.optimizer, stages.needs)
+            network = TrunkNetwork(model, losses, self.optimizer, stages.needs)
         else:
             partition = Partition(self.model, losses, self.optimizer, self._shared)
-            answers["losses"] = partition.tasks
+            answers["losses"], self._shared = partition.tasks, partition.given
             network = GraphNetwork(self.model, partition, stages.needs)
         refuse_senseless(stages, network, self.optimizer, self.clip_norm)
         stages.agree(self._ranks)
         self.__dict__.update(answers, _answers=answers, level=stages.level, tasks=network.tasks)
-        self._stages, self._network = stages, network
+        self._stages, self._network, network.needs = stages, network, stages.needs
         adopt(self.optimizer, stages.weighting)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -296,5 +290,10 @@ class Step:
         load(state, self._stateful(), self._stages.names(), self.model)
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, **dict(self._stages.stateful())}
-        return {**parts, "network": self._network} if self._network.has_state else parts
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            **held_outside(self.model, self.optimizer, self._stages.weighting.learnable),
+            **dict(self._stages.stateful()),
+            **({"network": self._network} if self._network.has_state else {}),
+        }

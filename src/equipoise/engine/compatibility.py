@@ -63,7 +63,6 @@ def refuse_senseless(
         raise ValueError(f"heads is {stages.heads!r}; known are 'own' and 'weighted'.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm is {clip_norm}; it must be positive, or None.")
-    _refuse_senseless_kinds(stages)
     _refuse_senseless_level(stages, network)
     _refuse_senseless_heads(stages)
     if stages.sharpness is not None:
@@ -83,20 +82,6 @@ def refuse_senseless(
     if stages.line_search is not None:
         _refuse_senseless_search(stages.line_search, stages.aggregator, optimizer, clip_norm)
         _refuse_parameters_left_out(stages.line_search, network.module, held)
-
-
-def _refuse_senseless_kinds(stages: Stages) -> None:
-    sharp, search = stages.sharpness, stages.line_search
-    if sharp is not None and not isinstance(sharp, TaskSharpness):
-        raise CombinationError(
-            f"sharpness is a {type(sharp).__name__}; give a TaskSharpness, or None for gradients "
-            "taken here."
-        )
-    if search is not None and not isinstance(search, LineSearch):
-        raise CombinationError(
-            f"line_search is a {type(search).__name__}; give Backtracking or FastBacktracking, or "
-            "None."
-        )
 
 
 def _refuse_senseless_level(stages: Stages, network: Network) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
+from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence
-from equipoise.errors import NonFiniteError
+from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
 from equipoise.linalg import finite_norm
 
 Moving = Callable[[int], AbstractContextManager[Any]]
@@ -148,8 +149,8 @@ class Evaluation(ABC):
             return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
         return self.presence.spread(losses, torch.nan)
 
-    def culprit(self, rows: Rows) -> str | None:
-        """The first task with a gradient that is not finite; slow, for the error message.
+    def not_finite(self, rows: Rows) -> EquipoiseError:
+        """The error for gradients that are not finite, which names the first task; slow.
 
         Args:
             rows: a buffer that may be filled.
@@ -158,8 +159,8 @@ class Evaluation(ABC):
         lengths = rows.gram().diagonal()
         for k, task in enumerate(self.presence.names):
             if finite_norm(own[k]) is None or not bool(torch.isfinite(lengths[k])):
-                return task
-        return None
+                return NonFiniteError(task, NOT_FINITE)
+        return EquipoiseError("each task's gradient is finite, but together they overflow.")
 
 
 class Network(ABC):
@@ -170,11 +171,13 @@ class Network(ABC):
         module: the network; parameters of losses are not in it.
         has_features: whether gradients of the features can be taken (`TrunkEvaluation`).
         shares_nothing: whether it is one network for each task, so that nothing is shared.
+        needs: what the stages want of it.
         has_state: whether it has a `state_dict`, of what it has learned about its structure.
     """
 
     tasks: tuple[str, ...]
     module: nn.Module
+    needs: Needs
     has_features: bool = False
     shares_nothing: bool = False
     has_state: bool = False
@@ -189,6 +192,10 @@ class Network(ABC):
             left_out: positions of tasks that take no part, whatever the batch says.
             again: whether further looks will be asked for.
         """
+
+    @abstractmethod
+    def unchanged_on_error(self) -> AbstractContextManager[None]:
+        """If the body raises, what the network has learned about its structure is as before."""
 
     @abstractmethod
     def forget_gradients(self) -> None:

@@ -29,7 +29,10 @@ class Factors(NamedTuple):
 
 
 def factors_of(
-    weighting: WeightingStage, losses: Tensor, presence: Presence, lr: float | None
+    weighting: WeightingStage,
+    losses: Tensor,
+    presence: Presence,
+    optimizer: torch.optim.Optimizer | None,
 ) -> Factors:
     """Ask a weighting; it sees the losses as numbers.
 
@@ -37,7 +40,8 @@ def factors_of(
         weighting: the stage.
         losses: (T',) of the present tasks.
         presence: which tasks are present.
-        lr: learning rate of the coming step, for a weighting that declares to need it.
+        optimizer: says the learning rate of the coming step, to a weighting that declares to need
+            it; None: nobody asks.
 
     Raises:
         TaskError: the weighting refuses a loss, or gives a weight that is not finite.
@@ -50,7 +54,9 @@ def factors_of(
             "outside of it."
         )
     losses = losses.clone().requires_grad_()
-    weighted = _weighted(weighting, losses, presence, lr)
+    if weighting.method is not None and weighting.method.needs_lr and optimizer is not None:
+        weighting.method.begin(float(optimizer.param_groups[0]["lr"]))
+    weighted = _weighted(weighting, losses, presence)
     shape = getattr(weighted, "shape", None)
     if shape != losses.shape or not weighted.requires_grad:
         raise EquipoiseError(
@@ -68,14 +74,10 @@ def factors_of(
     return Factors(factors, weights, list(learned))
 
 
-def _weighted(
-    weighting: WeightingStage, losses: Tensor, presence: Presence, lr: float | None
-) -> Tensor:
+def _weighted(weighting: WeightingStage, losses: Tensor, presence: Presence) -> Tensor:
     method, present = weighting.method, presence.present
     if method is None:
         return weighting.given(losses)
-    if lr is not None:
-        method.begin(lr)
     full = losses.new_full(present.shape, torch.nan).masked_scatter(present, losses)
     try:
         return method(full, present)[present]

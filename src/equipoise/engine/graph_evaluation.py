@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +68,16 @@ class GraphNetwork(Network):
         """Free the gradients of all parameters that are known."""
         for parameter in self.partition.names:
             parameter.grad = None
+
+    @contextmanager
+    def unchanged_on_error(self) -> Generator[None]:
+        """If the body raises, what was found in it is forgotten."""
+        found = self.partition.found()
+        try:
+            yield
+        except BaseException:
+            self.partition.put_back(found)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """What the tasks have reached."""
@@ -220,13 +230,13 @@ class GraphEvaluation(Evaluation):
         assert self.replay is not None
         with self.ranks.agreeing(), self.replay.again(None):
             found = self._call()
-            here = {task for task in self.presence.names if self.presence.here(task)}
-            for task in here ^ found.keys():
-                raise TaskError(
-                    task,
-                    "the closure returned a loss in one of its calls for this batch, and none in "
-                    "another; it must return the same tasks each time.",
-                )
+            for task in self.network.tasks:
+                if self.presence.here(task) != (task in found):
+                    raise TaskError(
+                        task,
+                        "the closure returned a loss in one of its calls for this batch, and none "
+                        "in another; it must return the same tasks each time.",
+                    )
         values = self._of_present(found)
         return [values[k] for k in tasks]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,37 +15,21 @@ from equipoise.engine.displaced import Displaced
 from equipoise.engine.gradients import Gradients, scaled
 from equipoise.engine.rows import Rows
 from equipoise.engine.search_pass import Found, Search, pairs_of
-from equipoise.engine.stages import Stages
 from equipoise.engine.trunk_evaluation import TrunkEvaluation
-from equipoise.engine.update import Update
 from equipoise.linalg import inner, length
 from equipoise.line_search.base import LatentLineSearch
 
 
 class LatentSearch(Search):
-    """One step whose length is searched for among the features.
+    """One step whose length is searched for among the features of a SharedTrunk.
 
-    Args:
-        look: of the batch; the trunk has been passed backward once.
-        stages: as of `Search`, and so the others.
-        factors: likewise.
-        own: likewise.
-        update: likewise.
-        buffer: gives an empty buffer for rows, if a step has to be verified by them.
+    The trunk has been passed backward once. Arguments are those of `Search`.
     """
 
-    def __init__(
-        self,
-        look: TrunkEvaluation,
-        stages: Stages,
-        factors: Tensor,
-        own: Sequence[Gradients],
-        update: Update,
-        buffer: Callable[[], Rows],
-    ) -> None:
-        super().__init__(look, stages, factors, own, update)
+    def __init__(self, look: TrunkEvaluation, *arguments: Any) -> None:
+        super().__init__(look, *arguments)
         assert isinstance(self.rule, LatentLineSearch)
-        self.look, self.latent_rule, self.buffer = look, self.rule, buffer
+        self.look, self.latent_rule = look, self.rule
 
     def _find(
         self, result: Combination, shared: Gradients, heads: Sequence[Gradients], promised: Tensor

@@ -38,11 +38,11 @@ class Partition:
         shared: Shared | None,
     ) -> None:
         self.tasks = _checked(tasks)
-        self.names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        for g, group in enumerate(optimizer.param_groups):
-            for i, p in enumerate(group["params"]):
-                self.names.setdefault(p, f"optimizer parameter {i} of group {g}")
-        self._given = None if shared is None else _chosen(module, shared, self.names)
+        self._module, self._optimizer = module, optimizer
+        self.names: dict[Tensor, str] = {}
+        self._name()
+        chosen = None if shared is None else _chosen(module, shared, self.names)
+        self.given = None if chosen is None else list(chosen)
         self._reached: dict[Tensor, int] = {}  # bit i: task i reaches it
         self._sort()
 
@@ -51,14 +51,15 @@ class Partition:
     def _sort(self) -> None:
         order = [p for p in self.names if p.requires_grad]
         reached = self._reached
-        if self._given is None:
+        if self.given is None:
             self.shared = [p for p in order if reached.get(p, 0).bit_count() > 1]
         else:
-            self.shared = [p for p in order if p in self._given]
+            given = set(self.given)
+            self.shared = [p for p in order if p in given]
         excluded = set(self.shared)
         own = [p for p in order if p in reached and p not in excluded]
         self._own = [[p for p in own if reached[p] >> i & 1] for i in range(len(self.tasks))]
-        self._frozen = sum(not p.requires_grad for p in self.names)
+        self._trained = self._trained_now()
 
     def own(self, task: str) -> list[Tensor]:
         """The parameters that follow this task's loss alone, or together with other tasks'."""
@@ -94,31 +95,32 @@ class Partition:
             losses: task name -> loss with its graph, of this process.
             ranks: the processes that train together.
         """
+        leaves = reached_leaves(list(losses.values()))
+        if any(leaf not in self.names for leaf in leaves):
+            self._name()  # the network or the optimizer may hold more than before
         found = self._reached.copy()
-        with ranks.agreeing():
-            for leaf, mask in reached_leaves(list(losses.values())).items():
-                if isinstance(leaf, nn.Parameter) or leaf in self.names:
-                    self._name(leaf, ranks)
-                    found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
-        changed = found != self._reached or self._frozen != sum(
-            not p.requires_grad for p in self.names
-        )
+        for leaf, mask in leaves.items():
+            if leaf in self.names:  # else it is an input, or of a network that nobody trains here
+                found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
+        changed = found != self._reached or self._trained != self._trained_now()
         if not ranks.alone:
             changed = float(ranks.sum(torch.tensor(float(changed)))) > 0
             if changed:
+                self._name()
                 found = self._of_all(found, ranks)
         if changed:
             self._reached = found
             self._sort()
 
-    def _name(self, leaf: Tensor, ranks: Ranks) -> None:
-        if leaf not in self.names and not ranks.alone:
-            raise EquipoiseError(
-                f"a loss reaches a parameter of shape {tuple(leaf.shape)} that neither the network "
-                "nor the optimizer holds, so that the processes cannot agree on it. Give it to the "
-                "optimizer."
-            )
-        self.names.setdefault(leaf, f"parameter {len(self.names)}, held by nobody")
+    def _name(self) -> None:
+        """Name all parameters of the network, and those that only the optimizer holds."""
+        for name, p in self._module.named_parameters():
+            self.names.setdefault(p, name)
+        for name, p in outside(self._module, self._optimizer).items():
+            self.names.setdefault(p, name)
+
+    def _trained_now(self) -> list[bool]:
+        return [p.requires_grad for p in self.names]
 
     def _by_position(self, mask: int, losses: Mapping[str, Tensor]) -> int:
         """Bits in the order of this step's losses, put where the tasks have them."""
@@ -148,11 +150,20 @@ class Partition:
             KeyError: a parameter or a task that is not here.
         """
         by_name = {name: p for p, name in self.names.items()}
-        self._reached = {
-            by_name[name]: sum(1 << self.tasks.index(t) for t in tasks)
-            for name, tasks in state.items()
-            if name in by_name or not name.endswith("held by nobody")
-        }
+        self.put_back(
+            {
+                by_name[name]: sum(1 << self.tasks.index(t) for t in tasks)
+                for name, tasks in state.items()
+            }
+        )
+
+    def found(self) -> dict[Tensor, int]:
+        """What has been found, to be given to `put_back`; never changed in place."""
+        return self._reached
+
+    def put_back(self, found: dict[Tensor, int]) -> None:
+        """Forget what was found since."""
+        self._reached = found
         self._sort()
 
 
@@ -206,6 +217,17 @@ def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:
                 if child is not None and child not in seen
             ]
     return order
+
+
+def outside(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The parameters that the optimizer holds and the network does not, as those of a loss."""
+    inside = set(module.parameters())
+    return {
+        f"optimizer parameter {i} of group {g}": p
+        for g, group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(group["params"])
+        if p not in inside
+    }
 
 
 def _checked(tasks: Iterable[str]) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from equipoise.engine.partition import outside
 from equipoise.engine.stages import Stateful
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.replay import RandomState, devices_of, unchanged_on_error
@@ -31,13 +32,13 @@ class Before:
 
 @contextmanager
 def undone_on_error(
-    model: nn.Module, stages: Iterable[Stateful], devices: Iterable[torch.device]
+    model: nn.Module, stages: Iterable[Any], devices: Iterable[torch.device]
 ) -> Generator[Before]:
     """On an error put everything back, and let the error call the task by its name.
 
     Args:
         model: whose buffers are put back.
-        stages: whose states are.
+        stages: whose states are, and whatever else goes back by itself.
         devices: whose random generators are, besides the CPU's.
     """
     before = None
@@ -47,6 +48,46 @@ def undone_on_error(
             yield before
     except TaskError as error:
         raise (error if before is None else error.named(before.names)) from None
+
+
+def held_outside(
+    module: nn.Module, optimizer: torch.optim.Optimizer, saved_elsewhere: Iterable[Tensor]
+) -> dict[str, Stateful]:
+    """What only the optimizer holds and nothing else saves, as the parameters of a loss.
+
+    Args:
+        module: the network, which saves its own.
+        optimizer: whose parameters they are.
+        saved_elsewhere: those of the weighting.
+
+    Returns:
+        One part for `saved`; none if there is no such parameter.
+    """
+    known = set(saved_elsewhere)
+    found = {name: p for name, p in outside(module, optimizer).items() if p not in known}
+    return {"outside": _Outside(found)} if found else {}
+
+
+class _Outside:
+    """Parameters by their places in the optimizer."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Their values."""
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:
+        """Take the values over.
+
+        Raises:
+            KeyError: one is missing.
+            RuntimeError: one has another shape.
+        """
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(state[name])
 
 
 def saved(

@@ -55,6 +55,7 @@ class Search:
         factors: (T',) what multiplies each loss.
         own: gradients of each task's own parameters, of the weighted losses.
         update: the parameters, and what moves those that are not searched.
+        buffer: gives an empty buffer for rows, if a step has to be verified by them.
         filled: the task gradients of the shared parameters, where there are any.
         second: the second look, if one made the direction; it has kept what the first one saw.
     """
@@ -66,12 +67,14 @@ class Search:
         factors: Tensor,
         own: Sequence[Gradients],
         update: Update,
+        buffer: Callable[[], Rows],
         filled: Rows | None = None,
         second: SecondLook | None = None,
     ) -> None:
         assert stages.line_search is not None
         self.evaluation, self.stages, self.update = evaluation, stages, update
         self.rule = stages.line_search
+        self.buffer = buffer
         self.rows, self.first = filled, second.before if second else None
         self.own = list(own)
         self.factors = factors.detach()

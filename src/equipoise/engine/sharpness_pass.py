@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,7 +18,7 @@ from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.rows import Rows
 from equipoise.errors import NonFiniteError
-from equipoise.linalg import length
+from equipoise.linalg import finite_norm, length
 from equipoise.sharpness import TINY, TaskSharpness
 
 
@@ -126,10 +127,10 @@ class SecondLook:
             direction += held
         if held is not None or (sharp.rho == 0 and not sharp.moves_both):
             own = self._own_moved()
-            self._refuse_infinite_losses()
+            self._refuse_what_is_not_finite(own)
             return Sharpened(direction, own, None)
         own = self._fill()
-        self._refuse_infinite_losses()
+        self._refuse_what_is_not_finite(own)
         try:
             result, second = combine(self.rows, aggregator, self.evaluation.losses)
         except NonFiniteError as error:
@@ -141,14 +142,18 @@ class SecondLook:
         """The step was made: let sharpness hold what it holds from step to step."""
         self.sharpness.hold(self.flat, self.evaluation.presence.present, self.length)
 
-    def _refuse_infinite_losses(self) -> None:
-        """Where a loss is not finite in one process, all name the task."""
+    def _refuse_what_is_not_finite(self, own: Sequence[Gradients]) -> None:
+        """Where a loss, or a gradient of own parameters, is not finite, name the task."""
         bad = torch.zeros(len(self.heads))
         for k, value in self.seen:
             bad[k] += not math.isfinite(float(value))
         for k, count in enumerate(self.evaluation.ranks.sum(bad).tolist()):
             if count > 0:
                 raise self._too_far(k, "loss")
+        if finite_norm(itertools.chain(*own)) is None:
+            k = next((k for k, gs in enumerate(own) if finite_norm(gs) is None), None)
+            if k is not None:  # else they overflow together, which is no task's fault
+                raise self._too_far(k, "gradient")
 
     def _too_far(self, task: int | str, what: str) -> NonFiniteError:
         radii = f"rho={self.sharpness.rho} and rho_task={self.sharpness.rho_head}"

@@ -16,6 +16,7 @@ from equipoise.engine.adapters import (
 )
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.targets import Presence
+from equipoise.errors import CombinationError
 from equipoise.generators import generator_of, twin
 from equipoise.line_search.base import LineSearch
 from equipoise.sharpness import TaskSharpness
@@ -108,9 +109,12 @@ class Stages:
             level: None: the one that the line search needs, or else "parameters".
             heads: likewise.
             descending: an aggregator whose direction lets no loss grow, for a line search.
+
+        Raises:
+            CombinationError: something is in the place of another kind of stage.
         """
-        search = line_search if isinstance(line_search, LineSearch) else None
-        usual = "parameters" if search is None else search.level
+        refuse_other_kinds(sharpness, line_search)
+        usual = "parameters" if line_search is None else line_search.level
         stages = cls(
             weighting_stage(weighting),
             aggregator_stage(aggregator),
@@ -126,9 +130,8 @@ class Stages:
             stages.held |= {"sharpness": sharpness, "flat_aggregator": stages.flat.given}
         if line_search is not None:
             stages.held["line_search"] = line_search
-        if search is not None:
-            stages.descent = Descent(search.descends, aggregator_stage(descending))
-            if search.verify:
+            stages.descent = Descent(line_search.descends, aggregator_stage(descending))
+            if line_search.verify:
                 stages.verifying = aggregator_stage(twin(aggregator))
                 stages.held["rows_aggregator"] = stages.verifying.given
         return stages
@@ -203,3 +206,17 @@ class Stages:
     def names(self) -> dict[str, str]:
         """Which stage is of which class."""
         return {name: type(stage).__name__ for name, stage in self.held.items()}
+
+
+def refuse_other_kinds(sharpness: Any, line_search: Any) -> None:
+    """Raise CombinationError for what is no sharpness, or no line search."""
+    if sharpness is not None and not isinstance(sharpness, TaskSharpness):
+        raise CombinationError(
+            f"sharpness is a {type(sharpness).__name__}; give a TaskSharpness, or None for "
+            "gradients taken here."
+        )
+    if line_search is not None and not isinstance(line_search, LineSearch):
+        raise CombinationError(
+            f"line_search is a {type(line_search).__name__}; give Backtracking or "
+            "FastBacktracking, or None."
+        )

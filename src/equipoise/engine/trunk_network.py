@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,6 +81,17 @@ class TrunkNetwork(Network):
         if self._graph is not None:
             self._graph.forget_gradients()
 
+    @contextmanager
+    def unchanged_on_error(self) -> Generator[None]:
+        """If the body raises, what was found in it is forgotten."""
+        checked, graph = self.checked, self._graph
+        try:
+            with nullcontext() if graph is None else graph.unchanged_on_error():
+                yield
+        except BaseException:
+            self.checked, self._graph = checked, graph
+            raise
+
     # ------------------------------------------------------------------ paths beyond the heads
 
     def beyond(self, look: TrunkEvaluation) -> dict[Tensor, list[str]]:
@@ -144,7 +156,7 @@ class _CheckedEvaluation(TrunkEvaluation):
             return self
         beyond = self.network.beyond(self)
         if not beyond:
-            self.network.checked |= set(self.presence.names)
+            self.network.checked = self.network.checked.union(self.presence.names)
             return self
         put_back(buffers)
         random.restore()
