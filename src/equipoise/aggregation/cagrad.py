@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.aggregation.base import Array, GramAggregator
-from equipoise.aggregation.quadratic import EPS
+from equipoise.aggregation.nnls import EPS
 from equipoise.aggregation.solvers import cagrad_weights
 
 

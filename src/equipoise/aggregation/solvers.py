@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.aggregation.base import Array
-from equipoise.aggregation.quadratic import EPS, Mask, nonnegative, nonnegative_by_root, posv
+from equipoise.aggregation.nnls import EPS, nonnegative_least_squares, posv
+from equipoise.aggregation.quadratic import Mask, gram_root, nonnegative, nonnegative_surely
 
 MANY_STEPS = 100
 LITTLE = 1e-6
@@ -36,15 +37,20 @@ def min_norm_weights(gram: Array) -> Array:
         return (lengths == 0) / (lengths == 0).sum()
     cosines = gram / (lengths[:, None] * lengths)
     inverse = shortest / lengths
-    u = nonnegative(cosines + inverse[:, None] * inverse, -inverse, np.ones(len(gram), bool))
+    matrix = cosines + inverse[:, None] * inverse
+    u = nonnegative(matrix, -inverse, np.ones(len(gram), bool))
     if u is not None:
-        v = u * inverse
-        w = v / v.sum()
+        w = u * inverse / (u @ inverse)
         products = gram @ w
-        if products.min() >= (w @ products) * (1 - 1e-11) > 0:
+        noise = 4 * len(gram) * EPS * (w @ lengths) * lengths
+        if (products >= (w @ products) * (1 - 1e-11) - noise).all():
             return w
-    v = nonnegative_by_root(cosines, inverse) * inverse
-    return v / v.sum()
+    u, exact = nonnegative_surely(matrix, -inverse)
+    if not exact:
+        root = np.vstack([gram_root(cosines), inverse])
+        target = np.append(np.zeros(len(root) - 1), 1.0)
+        u, _ = nonnegative_least_squares(root, target, u)
+    return u * inverse / (u @ inverse)
 
 
 def _min_norm_of_two(gram: Array) -> Array:

@@ -1,0 +1,1 @@
+"""Checks that a user can run on a method of their own, and the inputs that they need."""
