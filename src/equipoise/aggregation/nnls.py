@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs, lstsq
 
-from equipoise.aggregation.base import Array
+from equipoise.aggregation.base import EPS, Array
 
-EPS = float(np.finfo(np.float64).eps)
 DEPENDENT = 1e-12
 """Singular values below this, over the largest, count as zero."""
 DAMPING = 1e-8

@@ -99,7 +99,7 @@ def dual_cone_shifts(cosines: Array, starts: Array) -> Array:
     shifts[left], done = _exchange(cosines, linear[left], free)
     left = left[~done]
     if len(left):
-        guesses = _descend(cosines, linear[left], 100)
+        guesses = _descend(cosines, linear[left], min(100, 2 * len(cosines)))
         root = None
         for k, guess in zip(left, guesses, strict=True):
             shifts[k], exact = _surely(cosines, linear[k], guess)
@@ -111,7 +111,7 @@ def dual_cone_shifts(cosines: Array, starts: Array) -> Array:
 
 def nonnegative_surely(matrix: Array, linear: Array) -> tuple[Array, bool]:
     """As `nonnegative` for a matrix that may be singular; and whether the solution is exact."""
-    return _surely(matrix, linear, _descend(matrix, linear[None], 100)[0])
+    return _surely(matrix, linear, _descend(matrix, linear[None], min(100, 2 * len(matrix)))[0])
 
 
 def _surely(matrix: Array, linear: Array, guess: Array) -> tuple[Array, bool]:

@@ -12,7 +12,13 @@ import numpy as np
 
 from equipoise.aggregation.base import Array
 from equipoise.aggregation.nnls import EPS, nonnegative_least_squares, posv
-from equipoise.aggregation.quadratic import Mask, gram_root, nonnegative, nonnegative_surely
+from equipoise.aggregation.quadratic import (
+    Mask,
+    dual_cone_shifts,
+    gram_root,
+    nonnegative,
+    nonnegative_surely,
+)
 
 MANY_STEPS = 100
 LITTLE = 1e-6
@@ -61,26 +67,48 @@ def _min_norm_of_two(gram: Array) -> Array:
     return np.array([first, 1 - first])
 
 
-def cagrad_weights(gram: Array, c: float) -> Array:
-    """Weights w in the simplex that minimise w^T b + k sqrt(w^T G w), the dual of CAGrad.
+def cagrad_shift(gram: Array, c: float) -> Array:
+    """The s >= 0 with d = g_0 + sum s_i g_i the direction of CAGrad.
 
-    b = G 1 / T holds the products with the mean gradient g_0, and k = c |g_0|. At the solution
-    G w + t b is constant on the support and larger elsewhere, with t = |g_w| / k. On a given
-    support w is linear in t, and t the root of a quadratic equation.
+    s = k w / |g_w| with k = c |g_0| and w in the simplex the minimum of w^T b + k |g_w|, the dual
+    problem; b = G 1 / T holds the products with the mean gradient g_0. At the solution G w + t b is
+    constant on the support and larger elsewhere, with t = |g_w| / k. On a given support w is linear
+    in t, and t the root of a quadratic equation.
+
+    Where g_w = 0 the best worst case is 0, and d the nearest point to g_0 that reaches it.
     """
     m = len(gram)
     b = gram.mean(1)
-    mean_square = b.mean()
-    k = c * np.sqrt(max(mean_square, 0.0))
-    if k <= EPS or m == 1:
-        return np.full(m, 1 / m)
+    k = c * float(np.sqrt(max(b.mean(), 0.0)))
+    lengths = np.sqrt(gram.diagonal())
+    if k <= EPS or m == 1 or not lengths.min() > 0:
+        return np.full(m, k / lengths[0] if m == 1 else 0.0)
     w = _cagrad_by_supports(gram, b, k, np.ones(m, bool))
-    return _cagrad_by_halving(gram, b, k, c) if w is None else w
+    if w is None or _cancels(gram, w, lengths):
+        if _cancels(gram, min_norm_weights(gram), lengths):
+            nearest = _nearest_without_conflict(gram, lengths)
+            radius = float(np.sqrt(max(nearest @ gram @ nearest, 0.0)))
+            if radius <= k * (1 + LITTLE):
+                return nearest * min(1.0, k / max(radius, EPS))
+        w = _cagrad_by_halving(gram, b, k, c)
+    return k / np.sqrt(w @ gram @ w) * w
+
+
+def _cancels(gram: Array, w: Array, lengths: Array) -> bool:
+    """Whether the combination is zero up to the round-off of a Gram matrix, and a little more."""
+    return bool(w @ gram @ w <= (LITTLE * (w @ lengths)) ** 2)
+
+
+def _nearest_without_conflict(gram: Array, lengths: Array) -> Array:
+    """The coefficients that lead from the mean to its projection onto the dual cone."""
+    cosines = gram / (lengths[:, None] * lengths)
+    return dual_cone_shifts(cosines, lengths[None] / len(gram))[0] / lengths
 
 
 def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array | None:
     """Exchange all tasks that are on the wrong side until none is; None if that leads nowhere."""
     right = np.stack([np.ones(len(gram)), b], axis=1)
+    lengths = np.sqrt(gram.diagonal())
     for _ in range(12):
         index = support.nonzero()[0]
         inner = gram if len(index) == len(gram) else gram[index[:, None], index]
@@ -100,10 +128,11 @@ def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array
         w[index] = constant + t * slope
         level = gram @ w + t * b
         least = level[index].mean()
-        wrong = np.where(support, w < 0, level < least * (1 - 1e-12))
+        noise = 4 * EPS * len(gram) * (lengths * (np.abs(w) @ lengths) + t * np.abs(b))
+        wrong = np.where(support, w < 0, level < least - 1e-12 * abs(least) - noise)
         if not wrong.any():
-            exact = np.ptp(level[index]) <= 1e-11 * abs(least)
-            return w if exact else None
+            off = np.abs(level - least)[index]
+            return w if (off <= 1e-11 * abs(least) + noise[index]).all() else None
         support ^= wrong
         if not support.any():
             return None
@@ -114,13 +143,6 @@ def _cagrad_by_halving(gram: Array, b: Array, k: float, c: float) -> Array:
     """For fixed t a min-norm problem; so t is found between 0 and max |g_i| / k."""
     mean_square = b.mean()
     low, high = 0.0, float(np.sqrt(gram.diagonal().max()) / k)
-    w = min_norm_weights(gram)
-    if w @ gram @ w <= EPS * (w @ gram.diagonal()):
-        at_zero, little = w, high * LITTLE
-        w = min_norm_weights(shifted(gram, b, mean_square, little))
-        if w @ gram @ w <= (little * k) ** 2:
-            return at_zero  # t, and with it g_w, vanishes
-        low = little
     t = min(1.0 / c, high)
     for _ in range(MANY_STEPS):
         w = min_norm_weights(shifted(gram, b, mean_square, t))
@@ -160,25 +182,35 @@ def _radius_on_support(gram: Array, b: Array, k: float, support: Mask, near: flo
     return float(real[np.abs(real - near).argmin()]) if len(real) else np.nan
 
 
-def equal_projection_weights(gram: Array) -> Array:
+def equal_projection_weights(gram: Array, eps: float = EPS) -> Array:
     """Weights with sum 1 whose combination has equal products with all unit gradients.
 
-    Solves gram a = l n, 1^T a = 1 with n_i = sqrt(gram_ii) > 0. Where that has no solution or
-    several, the least-squares solution nearest to equal weights is taken.
+    Solves C y = l 1, 1^T a = 1 with C the cosines, y_i = n_i a_i and n_i = sqrt(gram_ii) > 0.
+    Where several weights do, those nearest to equal ones are taken; where none do, the nearest to
+    it in the sense of least squares. Eigenvalues of C below the round-off of the rows, T eps of the
+    largest, count as zero.
     """
     m = len(gram)
     n = np.sqrt(gram.diagonal())
     cosines = gram / (n[:, None] * n)
-    tolerance = 100 * m * EPS
-    unscaled = solve_if_regular(cosines, np.ones(m))
-    if unscaled is None:
+    tolerance = 100 * m * EPS + m * eps
+    unscaled = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(tolerance)))
+    solutions = None if unscaled is None else (unscaled / n)[:, None]
+    if solutions is None:
         values, vectors = np.linalg.eigh(cosines)
-        if values[0] > tolerance * values[-1]:
-            unscaled = vectors @ (vectors.sum(0) / values)
-    if unscaled is not None:
-        a = unscaled / n
-        if abs(a.sum()) > tolerance * np.abs(a).sum():  # else no multiple of it has sum 1
-            return a / a.sum()
+        kept = values > tolerance * values[-1]
+        range_, null = vectors[:, kept], vectors[:, ~kept]
+        ones_in_range = range_.sum(0)
+        solutions = null / n[:, None]
+        if (null.sum(0) ** 2).sum() <= 10 * tolerance * m:  # else all the products are 0
+            regular = range_ @ (ones_in_range / values[kept])
+            solutions = np.column_stack([regular / n, solutions])
+    # The point nearest to equal weights on the plane of sum 1 within a subspace is a multiple of
+    # the projection of 1 onto it.
+    basis, _ = np.linalg.qr(solutions / np.linalg.norm(solutions, axis=0))
+    ones = basis @ basis.sum(0)
+    if ones.sum() > tolerance**2 * m:
+        return ones / ones.sum()
     # gram a is parallel to n exactly if its part orthogonal to n vanishes.
     unit = n / np.linalg.norm(n)
     equal = np.full(m, 1 / m)
