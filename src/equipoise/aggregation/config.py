@@ -36,7 +36,7 @@ class ConFIG(GramAggregator):
         m = len(n)
         noise = 10 * m * EPS + m * eps
         cosines = gram[np.ix_(active, active)] / (n[:, None] * n)
-        x = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(noise)))
+        x = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(10 * m * noise)))
         if x is None:
             values, vectors = np.linalg.eigh(cosines)
             kept = values > noise * values[-1]

@@ -19,6 +19,9 @@ from equipoise.aggregation.base import EPS, Array
 DEPENDENT = 1e-12
 """Singular values below this, over the largest, count as zero."""
 DAMPING = 1e-8
+RESOLVED = EPS ** (2 / 3)
+"""Relative noise up to which rows are resolved from their products in double precision: the error
+from it is sqrt(RESOLVED), and that from round-off, at most EPS / RESOLVED, is no larger."""
 PROXIMAL_STEPS = 8
 
 Indices = NDArray[np.intp]
@@ -102,6 +105,11 @@ def nonnegative_semidefinite(matrix: Array, linear: Array, start: Array) -> tupl
         if not exact or off <= 4 * len(x) * EPS * (size + float(x.max())):
             return x, exact
     return x, False
+
+
+def damped(gram: Array) -> Array:
+    """The Gram matrix as if each vector had an entry of its own, sqrt(RESOLVED) of its length."""
+    return gram + RESOLVED * np.diag(gram.diagonal())
 
 
 def _active_set(

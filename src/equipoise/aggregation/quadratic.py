@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from equipoise.aggregation.base import Array
 from equipoise.aggregation.nnls import (
     EPS,
+    damped,
     nonnegative_definite,
-    nonnegative_least_squares,
     nonnegative_semidefinite,
     posv,
 )
@@ -100,12 +100,11 @@ def dual_cone_shifts(cosines: Array, starts: Array) -> Array:
     left = left[~done]
     if len(left):
         guesses = _descend(cosines, linear[left], min(100, 2 * len(cosines)))
-        root = None
         for k, guess in zip(left, guesses, strict=True):
             shifts[k], exact = _surely(cosines, linear[k], guess)
-            if not exact:
-                root = gram_root(cosines) if root is None else root
-                shifts[k], _ = nonnegative_least_squares(root, -root @ starts[k], shifts[k])
+            if not exact:  # the rows cannot be told from dependent ones
+                sure = damped(cosines)
+                shifts[k], _ = nonnegative_definite(sure, starts[k] @ sure, shifts[k])
     return shifts
 
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.aggregation.base import Array
-from equipoise.aggregation.nnls import EPS, nonnegative_least_squares, posv
+from equipoise.aggregation.nnls import EPS, RESOLVED, damped, nonnegative_least_squares, posv
 from equipoise.aggregation.quadratic import (
     Mask,
-    dual_cone_shifts,
     gram_root,
     nonnegative,
     nonnegative_surely,
 )
 
 MANY_STEPS = 100
-LITTLE = 1e-6
 
 
 def min_norm_weights(gram: Array) -> Array:
@@ -84,25 +82,19 @@ def cagrad_shift(gram: Array, c: float) -> Array:
     if k <= EPS or m == 1 or not lengths.min() > 0:
         return np.full(m, k / lengths[0] if m == 1 else 0.0)
     w = _cagrad_by_supports(gram, b, k, np.ones(m, bool))
-    if w is None or _cancels(gram, w, lengths):
-        if _cancels(gram, min_norm_weights(gram), lengths):
-            nearest = _nearest_without_conflict(gram, lengths)
-            radius = float(np.sqrt(max(nearest @ gram @ nearest, 0.0)))
-            if radius <= k * (1 + LITTLE):
-                return nearest * min(1.0, k / max(radius, EPS))
-        w = _cagrad_by_halving(gram, b, k, c)
+    if w is None or _nearly_cancels(gram, w, lengths):
+        # Damped gradients never cancel. Where the others do, they lead to the nearest point.
+        sure = damped(gram)
+        guess = _cagrad_by_halving(sure, b, k, c)
+        w = _cagrad_by_supports(gram, b, k, guess > 0)
+        if w is None or _nearly_cancels(gram, w, lengths):
+            gram, w = sure, guess
     return k / np.sqrt(w @ gram @ w) * w
 
 
-def _cancels(gram: Array, w: Array, lengths: Array) -> bool:
-    """Whether the combination is zero up to the round-off of a Gram matrix, and a little more."""
-    return bool(w @ gram @ w <= (LITTLE * (w @ lengths)) ** 2)
-
-
-def _nearest_without_conflict(gram: Array, lengths: Array) -> Array:
-    """The coefficients that lead from the mean to its projection onto the dual cone."""
-    cosines = gram / (lengths[:, None] * lengths)
-    return dual_cone_shifts(cosines, lengths[None] / len(gram))[0] / lengths
+def _nearly_cancels(gram: Array, w: Array, lengths: Array) -> bool:
+    """Whether the combination is so short that damping, or round-off, would change it."""
+    return bool(w @ gram @ w < RESOLVED / EPS ** (1 / 3) * (w @ lengths) ** 2)
 
 
 def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array | None:
@@ -194,7 +186,7 @@ def equal_projection_weights(gram: Array, eps: float = EPS) -> Array:
     n = np.sqrt(gram.diagonal())
     cosines = gram / (n[:, None] * n)
     tolerance = 100 * m * EPS + m * eps
-    unscaled = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(tolerance)))
+    unscaled = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(10 * m * tolerance)))
     solutions = None if unscaled is None else (unscaled / n)[:, None]
     if solutions is None:
         values, vectors = np.linalg.eigh(cosines)
