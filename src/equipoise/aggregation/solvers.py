@@ -61,8 +61,10 @@ def _min_norm_of_two(gram: Array) -> Array:
     """The foot of the perpendicular from 0 on the segment, or the nearer end."""
     (a, b), (_, d) = gram.tolist()
     apart = a + d - 2 * b
-    first = min(max((d - b) / apart, 0.0), 1.0) if apart > 0 else 0.5
-    return np.array([first, 1 - first])
+    if not apart > 0:
+        return np.full(2, 0.5)
+    # Neither as 1 less the other: the weight of a much longer vector would lose its digits.
+    return np.array([min(max(x / apart, 0.0), 1.0) for x in (d - b, a - b)])
 
 
 def cagrad_shift(gram: Array, c: float) -> Array:
