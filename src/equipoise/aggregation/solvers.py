@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.aggregation.base import Array
-from equipoise.aggregation.nnls import EPS, RESOLVED, damped, nonnegative_least_squares, posv
+from equipoise.aggregation.nnls import EPS, damped, nonnegative_least_squares, posv
 from equipoise.aggregation.quadratic import (
     Mask,
     gram_root,
@@ -96,7 +96,7 @@ def cagrad_shift(gram: Array, c: float) -> Array:
 
 def _nearly_cancels(gram: Array, w: Array, lengths: Array) -> bool:
     """Whether the combination is so short that damping, or round-off, would change it."""
-    return bool(w @ gram @ w < RESOLVED / EPS ** (1 / 3) * (w @ lengths) ** 2)
+    return bool(w @ gram @ w < EPS ** (1 / 3) * (w @ lengths) ** 2)
 
 
 def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array | None:
@@ -189,8 +189,9 @@ def equal_projection_weights(gram: Array, eps: float = EPS) -> Array:
     cosines = gram / (n[:, None] * n)
     tolerance = 100 * m * EPS + m * eps
     unscaled = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(10 * m * tolerance)))
-    solutions = None if unscaled is None else (unscaled / n)[:, None]
-    if solutions is None:
+    if unscaled is not None:
+        solutions = (unscaled / n)[:, None]
+    else:
         values, vectors = np.linalg.eigh(cosines)
         kept = values > tolerance * values[-1]
         range_, null = vectors[:, kept], vectors[:, ~kept]
@@ -199,9 +200,11 @@ def equal_projection_weights(gram: Array, eps: float = EPS) -> Array:
         if (null.sum(0) ** 2).sum() <= 10 * tolerance * m:  # else all the products are 0
             regular = range_ @ (ones_in_range / values[kept])
             solutions = np.column_stack([regular / n, solutions])
+    basis = solutions / np.linalg.norm(solutions, axis=0)
+    if basis.shape[1] > 1:
+        basis, _ = np.linalg.qr(basis)
     # The point nearest to equal weights on the plane of sum 1 within a subspace is a multiple of
     # the projection of 1 onto it.
-    basis, _ = np.linalg.qr(solutions / np.linalg.norm(solutions, axis=0))
     ones = basis @ basis.sum(0)
     if ones.sum() > tolerance**2 * m:
         return ones / ones.sum()
