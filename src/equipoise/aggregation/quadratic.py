@@ -114,10 +114,11 @@ def nonnegative_surely(matrix: Array, linear: Array) -> tuple[Array, bool]:
 
 
 def _surely(matrix: Array, linear: Array, guess: Array) -> tuple[Array, bool]:
+    largest = LARGEST * float(np.abs(linear).max())
     s, exact = nonnegative_definite(matrix, linear, guess)
-    if exact and s.max() <= LARGEST * np.abs(linear).max():
-        return s, True
-    return nonnegative_semidefinite(matrix, linear, guess)
+    if not exact or s.max() > largest:
+        s, exact = nonnegative_semidefinite(matrix, linear, guess)
+    return s, exact and bool(s.max() <= largest)
 
 
 def _exchange(matrix: Array, linear: Array, free: Mask) -> tuple[Array, Mask]:
