@@ -25,7 +25,7 @@ class AlignedMTL(GramAggregator):
         ValueError: unknown `scale`.
 
     LibMTL sums the rows, which gives T times as much. TorchJD takes single-precision round-off of
-    the largest eigenvalue as the bound, so that short gradients vanish beside long ones; here each
+    the largest eigenvalue as the bound, so that short gradients vanish next to long ones; here each
     eigenvalue is compared with the round-off of those gradients that it is made of.
 
     Unanimity value g. May conflict where the gradients are linearly dependent: of two opposite
@@ -48,7 +48,7 @@ class AlignedMTL(GramAggregator):
         m = len(gram)
         values, vectors = np.linalg.eigh(gram)
         # An eigenvalue is a squared length |sum v_i g_i|^2, of which T eps sum v_i^2 |g_i|^2 is
-        # within round-off. So a short gradient counts for what it is beside long ones.
+        # within round-off. So a short gradient counts in full next to long ones.
         noise = m * eps * (gram.diagonal() @ vectors**2)
         kept = values > np.maximum(noise, 10 * m * EPS * values[-1])
         values, vectors = values[kept], vectors[:, kept]
