@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
 """Numbers that are held in double precision at a time."""
+UNSEEN = 1e-4
+"""Round-off of a direction, over its length, that is not worth a second pass over the rows."""
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
@@ -35,6 +38,38 @@ def gram_matrix(rows: Tensor) -> Tensor:
         piece = piece.to(dtype)
         gram.addmm_(piece, piece.T)
     return gram
+
+
+def combine_rows(rows: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
+    """The direction rows^T w, precise even where large coefficients cancel.
+
+    In the precision of the rows the sum has an error of about eps sqrt(T) sum |w_i| n_i, with n_i
+    the lengths of the rows. Where that exceeds 1e-4 of the length of the direction, which the
+    Gram matrix tells beforehand, the sum is formed in float64, a slice of columns at a time.
+
+    Args:
+        rows: (T, P) of any floating dtype, on any device.
+        coefficients: (T,) the w.
+        gram: (T, T) inner products of the rows; best on the CPU, where reading it costs no wait.
+
+    Returns:
+        (P,) of the dtype and on the device of `rows`.
+    """
+    w = coefficients.detach().to("cpu", torch.float64).numpy()
+    products = gram.detach().to("cpu", torch.float64).numpy()
+    size = float(np.abs(w) @ np.sqrt(products.diagonal().clip(0)))
+    length = math.sqrt(max(float(w @ products @ w), 0.0))
+    error = torch.finfo(rows.dtype).eps * math.sqrt(len(w)) * size
+    exact = rows.dtype == torch.float64 or rows.device.type == "mps"  # which knows no float64
+    if exact or error <= UNSEEN * length:
+        return coefficients.to(rows) @ rows
+    factors = coefficients.to(rows.device, torch.float64)
+    direction = torch.empty_like(rows[0])
+    step = max(1, CHUNK // max(1, len(rows)))
+    for start in range(0, rows.shape[1], step):
+        piece = slice(start, start + step)
+        direction[piece] = factors @ rows[:, piece].to(torch.float64)
+    return direction
 
 
 def finite_norm(gradients: Iterable[Tensor | None]) -> float | None:

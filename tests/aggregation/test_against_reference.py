@@ -60,17 +60,23 @@ def test_mgda(seed: int) -> None:
     assert actual @ actual <= expected @ expected * (1 + 1e-9) + slack
 
 
+@pytest.mark.parametrize("combine", ["raw", "normalized"])
 @pytest.mark.parametrize("normalize", ["l2", "loss", "loss+"])
 @pytest.mark.parametrize("seed", SEEDS[:70])
-def test_mgda_normalised(seed: int, normalize: str) -> None:
+def test_mgda_normalised(seed: int, normalize: str, combine: str) -> None:
     # The weights, and so the raw direction, are unique when the normalised rows are independent.
     rng = np.random.default_rng(seed)
     tasks = int(rng.integers(2, 21))
     rows = rng.normal(size=(tasks, tasks + 5)) * 10 ** rng.uniform(-6, 6)
     rows = rows * 10 ** rng.uniform(-1, 1, size=(tasks, 1))
     losses = 10 ** rng.uniform(-1, 1, size=tasks)
-    actual = direction(MGDA(normalize=normalize), rows, losses=torch.from_numpy(losses))
-    assert_same(actual, reference.mgda(rows, normalize, losses), rows)
+    aggregator = MGDA(normalize=normalize, combine=combine)
+    actual = direction(aggregator, rows, losses=torch.from_numpy(losses))
+    expected = reference.mgda(rows, normalize, losses, combine=combine)
+    if combine == "raw":
+        assert_same(actual, expected, rows)
+    else:  # of another size than the rows
+        assert np.linalg.norm(actual - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -316,6 +316,8 @@ def test_a_non_finite_row_is_named(make: Make, value: float, dtype: torch.dtype)
     "bad",
     [
         lambda: MGDA(normalize="l1"),
+        lambda: MGDA(normalize="l2", combine="both"),
+        lambda: MGDA(combine="normalized"),
         lambda: MGDA(zero="forget"),
         lambda: PCGrad(reduction="max"),
         lambda: CAGrad(c=-0.1),

@@ -19,9 +19,11 @@ class Counting(eq.MGDA):
 
     asked = 0
 
-    def coefficients(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+    def coefficients(
+        self, gram: Tensor, losses: Tensor | None = None, *, eps: float = 0.0
+    ) -> Tensor:
         self.asked += 1
-        return super().coefficients(gram, losses)
+        return super().coefficients(gram, losses, eps=eps)
 
 
 def step_with(k: int, tasks: tuple[str, ...] = THREE, **options: Any) -> tuple[eq.Step, Counting]:

@@ -11,9 +11,40 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy.optimize import nnls
 
 ENUMERATED = 7  # up to this many tasks every support is tried, 2**7 - 1 of them
+
+
+def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return x >= 0 that minimises |matrix x - target| (Lawson and Hanson 1974, chapter 23).
+
+    By the book, each solution from scratch; some releases of scipy stop this method early.
+    """
+    x = np.zeros(matrix.shape[1])
+    positive: list[int] = []
+    lengths = np.linalg.norm(matrix, axis=0)
+    bound = 1e-15 * len(x) * np.linalg.norm(target)
+    for _ in range(30 * len(x)):
+        slope = np.where(lengths > 0, matrix.T @ (target - matrix @ x), 0)
+        slope = slope / np.where(lengths > 0, lengths, 1)
+        slope[positive] = 0
+        if slope.max() <= bound:
+            break
+        positive.append(int(slope.argmax()))
+        while positive:
+            solution, *_ = np.linalg.lstsq(matrix[:, positive], target, rcond=None)
+            if solution.min() > 0:
+                x = np.zeros(len(x))
+                x[positive] = solution
+                break
+            ratios = [
+                x[i] / (x[i] - s) if s <= 0 else np.inf
+                for i, s in zip(positive, solution, strict=True)
+            ]
+            x[positive] += min(ratios) * (solution - x[positive])
+            positive = [i for i, r in zip(positive, ratios, strict=True) if r > min(ratios)]
+            x[[i for i in range(len(x)) if i not in positive]] = 0
+    return x
 
 
 def total(rows: np.ndarray) -> np.ndarray:
@@ -34,11 +65,13 @@ def mgda(
     normalize: str | None = None,
     losses: np.ndarray | None = None,
     zero: str = "keep",
+    combine: str = "raw",
 ) -> np.ndarray:
     """Return the MGDA direction (Desideri 2012; Sener and Koltun 2018, eq. 3).
 
     The weights are those of the shortest vector in the convex hull of the normalised gradients
-    (none; `l2`: g/|g|; `loss`: g/L; `loss+`: g/(L|g|)); they multiply the gradients as they came.
+    (none; `l2`: g/|g|; `loss`: g/L; `loss+`: g/(L|g|)); they multiply the gradients as they came,
+    or (combine "normalized") the normalised ones.
     """
     lengths = np.linalg.norm(rows, axis=1)
     kept = lengths > 0 if zero == "drop" else np.ones(len(rows), dtype=bool)
@@ -50,8 +83,8 @@ def mgda(
         divisor = divisor * np.where(kept, lengths, 1.0)
     if normalize in ("loss", "loss+"):
         divisor = divisor * np.asarray(losses, dtype=float)
-    weights = min_norm_weights((rows / divisor[:, None])[kept])
-    return weights @ rows[kept]
+    divided = (rows / divisor[:, None])[kept]
+    return min_norm_weights(divided) @ (divided if combine == "normalized" else rows[kept])
 
 
 def min_norm_weights(rows: np.ndarray) -> np.ndarray:
@@ -160,7 +193,8 @@ def cagrad(rows: np.ndarray, c: float = 0.4, rescale: int = 1) -> np.ndarray:
     """Return the CAGrad direction (Liu et al. 2021, eq. 3), from the primal problem.
 
     max over d of min_i <g_i, d> subject to |d - g_0| <= c |g_0|, where g_0 is the mean gradient.
-    If the zero vector is optimal for the dual, the maximiser is not unique and d is g_0.
+    If the zero vector is optimal for the dual, the maximiser is not unique: d is the nearest to
+    g_0, but g_0 itself if a gradient is zero.
     """
     divisor = {0: 1.0, 1: 1 + c**2, 2: 1 + c}[rescale]
     size = np.sqrt((rows**2).sum() / len(rows))
@@ -181,7 +215,8 @@ def cagrad(rows: np.ndarray, c: float = 0.4, rescale: int = 1) -> np.ndarray:
     stationary = np.linalg.norm(min_norm_weights(unit) @ unit) <= 1e-9
     shift = _nearest_shift(unit, center, 0.0) if stationary else None
     if shift is not None and np.linalg.norm(shift) <= radius:
-        best = center  # no task need lose and not all can gain: the optimum is 0, and so is g_w
+        # No task need lose and not all can gain: the optimum is 0, and so is g_w.
+        best = center + shift if np.linalg.norm(unit, axis=1).min() > 0 else center
     return best * size / divisor
 
 
@@ -240,7 +275,7 @@ def _nearest_shift(rows: np.ndarray, center: np.ndarray, level: float) -> np.nda
     matrix = np.vstack([rows.T, level - rows @ center])
     target = np.zeros(len(matrix))
     target[-1] = 1.0
-    solution, _ = nnls(matrix, target, maxiter=1000)
+    solution = nonnegative_least_squares(matrix, target)
     residual = matrix @ solution - target
     return -residual[:-1] / residual[-1] if residual[-1] < -1e-15 else None
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from reference.aggregation import min_norm_weights
-from scipy.optimize import brentq, nnls, root
+from reference.aggregation import min_norm_weights, nonnegative_least_squares
+from scipy.optimize import brentq, root
 
 
 def fair_weights(rows: np.ndarray, alpha: float = 1.0) -> np.ndarray:
@@ -76,7 +76,8 @@ def edm(rows: np.ndarray) -> np.ndarray:
     point = min_norm_weights(units) @ units
     m = len(rows)
     exactly = 1e6 * np.vstack([units.T, np.ones(m)])
-    alpha, _ = nnls(np.vstack([exactly, np.eye(m)]), np.r_[1e6 * point, 1e6, np.zeros(m)])
+    target = np.r_[1e6 * point, 1e6, np.zeros(m)]
+    alpha = nonnegative_least_squares(np.vstack([exactly, np.eye(m)]), target)
     weights = alpha / lengths
     return weights / weights.sum() @ rows
 
@@ -91,7 +92,7 @@ def projected(vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
     units = rows[lengths > 0] / lengths[lengths > 0, None]
     if size == 0 or not len(units):
         return vector
-    shares, _ = nnls(units.T, -vector / size, maxiter=100 * len(rows))
+    shares = nonnegative_least_squares(units.T, -vector / size)
     return size * (vector / size + shares @ units)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.aggregation.base import Array, GramAggregator
-from equipoise.aggregation.quadratic import EPS
+from equipoise.aggregation.base import EPS, Array, GramAggregator
 
 SCALES = ("min", "median", "rmse")
 
@@ -15,7 +14,7 @@ class AlignedMTL(GramAggregator):
 
     With G = V diag(l) V^T, the matrix of task gradients is replaced by the nearest one whose
     singular values are all alike, s V diag(l)^(-1/2) V^T times the rows; d is the mean of its
-    rows. Eigenvalues below round-off are left out.
+    rows. Eigenvalues below the round-off of the rows are left out.
 
     Args:
         scale: the common singular value s: "min" (default, as published) the least that is not
@@ -25,8 +24,9 @@ class AlignedMTL(GramAggregator):
     Raises:
         ValueError: unknown `scale`.
 
-    LibMTL sums the rows, which gives T times as much. TorchJD takes single-precision round-off as
-    the bound; here it is that of double precision.
+    LibMTL sums the rows, which gives T times as much. TorchJD takes single-precision round-off of
+    the largest eigenvalue as the bound, so that short gradients vanish next to long ones; here each
+    eigenvalue is compared with the round-off of those gradients that it is made of.
 
     Unanimity value g. May conflict where the gradients are linearly dependent: of two opposite
     ones d is not 0 but along the longer. A zero gradient changes nothing but the number of
@@ -41,8 +41,16 @@ class AlignedMTL(GramAggregator):
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """The balance matrix times 1/T."""
+        return self.weights_at(gram, losses, EPS)
+
+    def weights_at(self, gram: Array, losses: Array | None, eps: float) -> Array:
+        """The same, without the eigenvalues that the precision of the rows does not determine."""
+        m = len(gram)
         values, vectors = np.linalg.eigh(gram)
-        kept = values > values[-1] * 10 * len(gram) * EPS
+        # An eigenvalue is a squared length |sum v_i g_i|^2, of which T eps sum v_i^2 |g_i|^2 is
+        # within round-off. So a short gradient counts in full next to long ones.
+        noise = m * eps * (gram.diagonal() @ vectors**2)
+        kept = values > np.maximum(noise, 10 * m * EPS * values[-1])
         values, vectors = values[kept], vectors[:, kept]
         if self.scale == "rmse":
             common = values.mean()

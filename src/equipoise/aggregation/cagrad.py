@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from equipoise.aggregation.base import Array, GramAggregator
-from equipoise.aggregation.quadratic import EPS
-from equipoise.aggregation.solvers import cagrad_weights
+from equipoise.aggregation.solvers import cagrad_shift
 
 
 class CAGrad(GramAggregator):
@@ -25,10 +22,12 @@ class CAGrad(GramAggregator):
         ValueError: negative `c` or unknown `rescale`.
 
     Unanimity value g times (1 + c), (1 + c) / (1 + c^2) or 1 for rescale 0, 1, 2. Each task's
-    product with d is at least its worst-case bound, which is positive for c near 1 only. A zero
-    gradient, or any combination that cancels out, leaves no worst case: d = g_0 (scaled), which may
-    then conflict. Opposite gradients: (1 - c) g_0 for c < 1. Mean gradient zero: d = 0. Passes: one
-    trunk forward and T backwards a step. Memory: T x P.
+    product with d is at least its worst-case bound; it may be negative for c < 1 and never is for
+    c >= 1, as the ball then holds 0. Where the gradients can be combined to zero, no d of the ball
+    improves all tasks; if one of them harms none, d is the one nearest to g_0: the projection of
+    DualProj. It is continuous in c. A zero gradient leaves no worst case: d = g_0 (scaled), which
+    may then conflict. Opposite gradients: (1 - c) g_0 for c < 1. Mean gradient zero: d = 0.
+    Passes: one trunk forward and T backwards a step. Memory: T x P.
     """
 
     def __init__(self, c: float = 0.4, rescale: int = 1) -> None:
@@ -38,16 +37,12 @@ class CAGrad(GramAggregator):
         if rescale not in (0, 1, 2):
             raise ValueError(f"rescale is {rescale!r}; known are 0, 1 and 2.")
         self.c = c
+        self.damping = 1 / max(1.0, c**2)  # conflicts that it allows grow with the ball
         self.rescale = rescale
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
-        """Equal weights plus c |g_0| times the unit vector of the worst-case combination."""
-        m = len(gram)
-        mean_norm = np.sqrt(max(gram.mean(), 0.0))
-        d = np.full(m, 1 / m)
-        if mean_norm > 0 and self.c > 0:
-            worst = cagrad_weights(gram, self.c)
-            norm = np.sqrt(max(worst @ gram @ worst, 0.0))
-            if norm > np.sqrt(EPS) * (worst @ np.sqrt(np.diagonal(gram))):  # else it cancels out
-                d = d + self.c * mean_norm / norm * worst
-        return d / (1, 1 + self.c**2, 1 + self.c)[self.rescale]
+        """Equal weights, and what leads from the mean gradient to the best worst case."""
+        return (1 / len(gram) + cagrad_shift(gram, self.c)) / self._divisor()
+
+    def _divisor(self) -> float:
+        return (1, 1 + self.c**2, 1 + self.c)[self.rescale]

@@ -21,6 +21,7 @@ class DualProj(GramAggregator):
     """
 
     never_conflicts = True
+    damping = 1
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """1/T each, and what the projection adds."""

@@ -29,6 +29,7 @@ class EDM(GramAggregator):
     """
 
     never_conflicts = True
+    damping = 1
 
     def __init__(self, zero: str = "keep") -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.aggregation.base import Array, GramAggregator
+from equipoise.aggregation.base import EPS, Array, GramAggregator
 from equipoise.aggregation.solvers import equal_projection_weights
 
 
@@ -12,8 +12,9 @@ class IMTLG(GramAggregator):
     """Impartial multi-task learning, gradient part (Liu et al., ICLR 2021, eq. 6).
 
     d = sum a_i g_i with sum a_i = 1 and equal products with all unit gradients. Weights may be
-    negative. Where the gradients are linearly dependent, the solution nearest to equal weights;
-    the pseudo-inverse that other libraries use there need not solve the equations.
+    negative. Where the gradients are linearly dependent, up to their own precision, the solution
+    nearest to equal weights; the pseudo-inverse that other libraries use there need not solve the
+    equations.
 
     "IMTL" in tables often means this part alone, as here; the loss part is IMTL-L.
 
@@ -26,7 +27,11 @@ class IMTLG(GramAggregator):
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """Equal-projection weights over the tasks whose gradient is not zero."""
+        return self.weights_at(gram, losses, EPS)
+
+    def weights_at(self, gram: Array, losses: Array | None, eps: float) -> Array:
+        """The same, where what cancels up to the precision of the rows counts as cancelling."""
         active = np.diagonal(gram) > 0
         w = np.zeros(len(gram))
-        w[active] = equal_projection_weights(gram[np.ix_(active, active)])
+        w[active] = equal_projection_weights(gram[np.ix_(active, active)], eps)
         return w

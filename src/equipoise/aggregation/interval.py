@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.aggregation.base import Array, GramAggregator
+from equipoise.aggregation.base import EPS, Array, GramAggregator
 
 
 class Every(GramAggregator):
@@ -70,9 +70,11 @@ class Every(GramAggregator):
             return self._kept
         return self.aggregator.known_coefficients(n_tasks)
 
-    def coefficients(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+    def coefficients(
+        self, gram: Tensor, losses: Tensor | None = None, *, eps: float = EPS
+    ) -> Tensor:
         """The aggregator's coefficients for this Gram matrix, which are kept."""
-        w = self.aggregator.coefficients(gram, losses)
+        w = self.aggregator.coefficients(gram, losses, eps=eps)
         self._kept, self._kept_for, self._age = w.cpu(), self._present, 0
         return w
 

@@ -12,7 +12,7 @@ class MaxNorm(GramAggregator):
 
     Lin et al., "Dual-Balancing for Multi-Task Learning" (arXiv 2308.12029), its gradient part,
     without the moving average: `si+max-norm` is DB-MTL with beta = 0. Here it costs no memory
-    beside the rows, works at the feature level, and allows tasks to be absent.
+    on top of the rows, works at the feature level, and allows tasks to be absent.
 
     LibMTL adds 1e-8 to the norm of g_i, so that scale matters when gradients are short.
 

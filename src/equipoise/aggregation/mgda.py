@@ -15,32 +15,52 @@ class MGDA(GramAggregator):
 
     Desideri (2012); Sener & Koltun (2018), eq. 3. Solved exactly, as a non-negative least-squares
     problem. d satisfies `<g_i, d> >= |d|^2` for all i, with equality where w_i > 0: it never
-    conflicts, and is 0 exactly at Pareto stationary points.
+    conflicts, and is 0 exactly at Pareto stationary points. With `normalize` and combine="raw" it
+    may conflict.
 
     Args:
         normalize: what each gradient is divided by while solving: None (default), "l2" its norm,
-            "loss" its loss, "loss+" both. The weights then apply to the raw gradients.
+            "loss" its loss, "loss+" both.
         zero: a zero gradient makes d = 0, which is the exact answer ("keep", default); "drop"
             leaves tasks with zero gradient out.
+        combine: what the weights then multiply: "raw" (default) the gradients themselves, as in
+            nash-mtl and IGB4MTL, "normalized" the gradients divided as for solving, as in LibMTL
+            and for NYUv2 in F-MTL's code.
 
     Raises:
-        ValueError: unknown `normalize` or `zero`, or a loss that is not positive with "loss".
+        ValueError: unknown `normalize`, `zero` or `combine`, "normalized" without `normalize`, or
+            a loss that is not positive with "loss".
 
-    Unanimity value g (nash-mtl and IGB4MTL: T g). Opposite gradients: d = 0. Collinear ones: the
-    shorter. Passes: one trunk forward and T backwards a step; `level="features"` (MGDA-UB): one
-    backward. Memory: T x P.
+    With "normalized" d is the min-norm point of the divided gradients: with "l2" and "loss+" its
+    length does not depend on theirs (`degree` 0). F-MTL's published F-MGDA on NYUv2 is that with
+    "l2", where the flat part of the direction does not depend on rho. The recipes here refuse it
+    unless decompose=False.
+
+    Unanimity value g (nash-mtl and IGB4MTL: T g); "normalized": g over the largest divisor.
+    Opposite gradients: d = 0. Collinear ones: the shorter. Passes: one trunk forward and T
+    backwards a step; `level="features"` (MGDA-UB): one backward. Memory: T x P.
     """
 
-    def __init__(self, normalize: str | None = None, zero: str = "keep") -> None:
+    def __init__(
+        self, normalize: str | None = None, zero: str = "keep", combine: str = "raw"
+    ) -> None:
         super().__init__()
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize is {normalize!r}; known are {NORMALIZATIONS}.")
         if zero not in ("keep", "drop"):
             raise ValueError(f"zero is {zero!r}; known are 'keep' and 'drop'.")
+        if combine not in ("raw", "normalized"):
+            raise ValueError(f"combine is {combine!r}; known are 'raw' and 'normalized'.")
+        if combine == "normalized" and normalize is None:
+            raise ValueError(
+                "combine='normalized' needs a divisor. Give normalize='l2', 'loss' or 'loss+'."
+            )
         self.normalize = normalize
         self.zero = zero
-        self.never_conflicts = normalize is None
+        self.combine = combine
+        self.never_conflicts = normalize is None or combine == "normalized"
         self.needs_losses = normalize in ("loss", "loss+")
+        self.degree = 0 if combine == "normalized" and normalize in ("l2", "loss+") else 1
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """Min-norm weights of the (normalised) gradients."""
@@ -64,4 +84,6 @@ class MGDA(GramAggregator):
         inner = gram[np.ix_(active, active)] / np.outer(divisor, divisor)
         w = np.zeros(len(gram))
         w[active] = min_norm_weights(inner / (inner.trace() / len(inner)))
+        if self.combine == "normalized":
+            w[active] /= divisor
         return w

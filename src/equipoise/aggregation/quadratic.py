@@ -1,22 +1,30 @@
-"""Quadratic functions on the non-negative orthant: the core of several solvers."""
+"""Quadratic functions on the non-negative orthant: the core of several solvers.
+
+The quick way guesses which entries are positive, solves one linear system a guess and exchanges
+those on the wrong side. Where the rows are dependent it may run in a circle, or find no system to
+solve; the active sets of `nnls`, each surer and slower than the one before, then take over from a
+guess by gradient descent. All ways check what they return.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import get_lapack_funcs
-from scipy.optimize import nnls
 
 from equipoise.aggregation.base import Array
+from equipoise.aggregation.nnls import (
+    EPS,
+    damped,
+    nonnegative_definite,
+    nonnegative_semidefinite,
+    posv,
+)
 
-EPS = float(np.finfo(np.float64).eps)
 Mask = NDArray[np.bool_]
 ROUNDS = 25
 PATIENCE = 3
 LARGEST = 1e4
 """Beyond this times the linear part, a solution of a quick way counts as the work of round-off."""
-
-posv = get_lapack_funcs("posv", dtype=np.float64)
 
 
 def gram_root(gram: Array) -> Array:
@@ -70,73 +78,101 @@ def nonnegative(matrix: Array, linear: Array, free: Mask) -> Array | None:
     return None
 
 
-def nonnegative_by_root(cosines: Array, inverse: Array) -> Array:
-    """The u >= 0 that minimises |L u|^2 + (inverse^T u - 1)^2, L^T L = cosines singular or not."""
-    matrix = np.vstack([gram_root(cosines), inverse])
-    target = np.zeros(len(matrix))
-    target[-1] = 1
-    u, _ = nnls(matrix, target, maxiter=30 * len(inverse))
-    return u
-
-
 def dual_cone_shifts(cosines: Array, starts: Array) -> Array:
     """For each start the s >= 0 such that start + s combines the rows to a projection.
 
     The point of the dual cone {x: <g_i, x> >= 0 for all i} nearest to sum_i start_i u_i is
     sum_i (start_i + s_i) u_i, with s the non-negative vector that makes it shortest. All starts
-    are solved together, as in `nonnegative`, each on its own set of free entries.
+    are solved together, each on its own set of free entries.
 
     Args:
-        cosines: (T, T) inner products of the unit gradients u_i.
+        cosines: (T, T) inner products of the unit gradients u_i, singular or not.
         starts: (K, T).
     """
     linear = starts @ cosines
     shifts = np.zeros_like(starts)
-    tolerance = 4 * len(cosines) * EPS
-    size = np.abs(linear).max(1)
-    free = linear < -tolerance * size[:, None]
-    open_ = free.any(1).nonzero()[0]
-    if not len(open_):
+    free = linear < -4 * len(cosines) * EPS * np.abs(linear).max(1, keepdims=True)
+    left = free.any(1).nonzero()[0]
+    if not len(left):
         return shifts
-    free = _likely_free(cosines, linear[open_]) if len(cosines) > 16 else free[open_]
+    free = _descend(cosines, linear[left], 12) > 0 if len(cosines) > 16 else free[left]
+    shifts[left], done = _exchange(cosines, linear[left], free)
+    left = left[~done]
+    if len(left):
+        guesses = _descend(cosines, linear[left], min(100, 2 * len(cosines)))
+        for k, guess in zip(left, guesses, strict=True):
+            shifts[k], exact = _surely(cosines, linear[k], guess)
+            if not exact:  # the rows cannot be told from dependent ones
+                sure = damped(cosines)
+                shifts[k], _ = nonnegative_definite(sure, starts[k] @ sure, shifts[k])
+    return shifts
+
+
+def nonnegative_surely(matrix: Array, linear: Array) -> tuple[Array, bool]:
+    """As `nonnegative` for a matrix that may be singular; and whether the solution is exact."""
+    return _surely(matrix, linear, _descend(matrix, linear[None], min(100, 2 * len(matrix)))[0])
+
+
+def _surely(matrix: Array, linear: Array, guess: Array) -> tuple[Array, bool]:
+    largest = LARGEST * float(np.abs(linear).max())
+    s, exact = nonnegative_definite(matrix, linear, guess)
+    if not exact or s.max() > largest:
+        s, exact = nonnegative_semidefinite(matrix, linear, guess)
+    return s, exact and bool(s.max() <= largest)
+
+
+def _exchange(matrix: Array, linear: Array, free: Mask) -> tuple[Array, Mask]:
+    """As `nonnegative` for K linear parts (K, T) together, exchanging all wrong entries.
+
+    Returns:
+        (K, T) the solutions, 0 where none was found, and (K,) whether one was.
+    """
+    shifts = np.zeros_like(linear)
+    done = np.zeros(len(linear), bool)
+    left = np.arange(len(linear))
+    size = np.abs(linear).max(1)
+    tolerance = 4 * len(matrix) * EPS
+    fewest = np.full(len(linear), len(matrix) + 1)
+    patience = np.full(len(linear), PATIENCE)
     for _ in range(ROUNDS):
-        found = _solve_on(cosines, linear[open_], free)
+        found = _solve_on(matrix, linear[left], free)
         if found is None:
             break
-        slope = found @ cosines + linear[open_]
+        slope = found @ matrix + linear[left]
         largest = np.abs(found).max(1)
         wrong = np.where(
             free,
             found < -tolerance * largest[:, None],
-            slope < -tolerance * (size[open_] + largest)[:, None],
+            slope < -tolerance * (size[left] + largest)[:, None],
         )
-        left = wrong.any(1)
-        wild = largest > LARGEST * size[open_]
-        left |= wild
-        shifts[open_[~left]] = found[~left].clip(0)
-        open_, free = open_[left], (free ^ wrong)[left]
-        if wild.any() or not len(open_):
+        count = wrong.sum(1)
+        wild = largest > LARGEST * size[left]
+        right = (count == 0) & ~wild
+        shifts[left[right]] = found[right].clip(0)
+        done[left[right]] = True
+        better = count < fewest[left]
+        fewest[left] = np.where(better, count, fewest[left])
+        patience[left] = np.where(better, PATIENCE, patience[left] - 1)
+        going = (count > 0) & ~wild & (patience[left] >= 0)
+        left, free = left[going], (free ^ wrong)[going]
+        if not len(left):
             break
-    if len(open_):  # dependent gradients, or exchanges that run in a circle
-        root = gram_root(cosines)
-        for k in open_:
-            shifts[k], _ = nnls(root, -root @ starts[k], maxiter=30 * len(cosines))
-    return shifts
+    return shifts, done
 
 
-def _likely_free(cosines: Array, linear: Array) -> Mask:
-    """Which entries are positive after a few steps of accelerated projected gradient descent."""
-    v = np.ones(len(cosines))
+def _descend(matrix: Array, linear: Array, steps: int) -> Array:
+    """(K, T) near the minimum, by accelerated projected gradient descent from 0."""
+    v = 1 + 0.5 * np.cos(np.arange(len(matrix)))  # no likely combination of the rows to zero
     for _ in range(4):
-        v = cosines @ v
+        v = matrix @ v
         v /= np.linalg.norm(v)
-    rate = 0.9 / float(v @ cosines @ v)
+    rate = 0.9 / float(v @ matrix @ v)
     s = ahead = np.maximum(-rate * linear, 0)
-    for k in range(12):
-        after = np.maximum(ahead - rate * (ahead @ cosines + linear), 0)
+    for k in range(steps):
+        after = np.maximum(ahead - rate * (ahead @ matrix + linear), 0)
         ahead = after + k / (k + 3) * (after - s)
         s = after
-    return s > 0
+    return s
 
 
 def _solve_on(matrix: Array, linear: Array, free: Mask) -> Array | None:

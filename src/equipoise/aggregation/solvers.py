@@ -11,10 +11,15 @@ from __future__ import annotations
 import numpy as np
 
 from equipoise.aggregation.base import Array
-from equipoise.aggregation.quadratic import EPS, Mask, nonnegative, nonnegative_by_root, posv
+from equipoise.aggregation.nnls import EPS, damped, nonnegative_least_squares, posv
+from equipoise.aggregation.quadratic import (
+    Mask,
+    gram_root,
+    nonnegative,
+    nonnegative_surely,
+)
 
 MANY_STEPS = 100
-LITTLE = 1e-6
 
 
 def min_norm_weights(gram: Array) -> Array:
@@ -36,45 +41,68 @@ def min_norm_weights(gram: Array) -> Array:
         return (lengths == 0) / (lengths == 0).sum()
     cosines = gram / (lengths[:, None] * lengths)
     inverse = shortest / lengths
-    u = nonnegative(cosines + inverse[:, None] * inverse, -inverse, np.ones(len(gram), bool))
+    matrix = cosines + inverse[:, None] * inverse
+    u = nonnegative(matrix, -inverse, np.ones(len(gram), bool))
     if u is not None:
-        v = u * inverse
-        w = v / v.sum()
+        w = u * inverse / (u @ inverse)
         products = gram @ w
-        if products.min() >= (w @ products) * (1 - 1e-11) > 0:
+        noise = 4 * len(gram) * EPS * (w @ lengths) * lengths
+        if (products >= (w @ products) * (1 - 1e-11) - noise).all():
             return w
-    v = nonnegative_by_root(cosines, inverse) * inverse
-    return v / v.sum()
+    u, exact = nonnegative_surely(matrix, -inverse)
+    if not exact:
+        root = np.vstack([gram_root(cosines), inverse])
+        target = np.append(np.zeros(len(root) - 1), 1.0)
+        u, _ = nonnegative_least_squares(root, target, u)
+    return u * inverse / (u @ inverse)
 
 
 def _min_norm_of_two(gram: Array) -> Array:
     """The foot of the perpendicular from 0 on the segment, or the nearer end."""
     (a, b), (_, d) = gram.tolist()
     apart = a + d - 2 * b
-    first = min(max((d - b) / apart, 0.0), 1.0) if apart > 0 else 0.5
-    return np.array([first, 1 - first])
+    if not apart > 0:
+        return np.full(2, 0.5)
+    # Neither as 1 less the other: the weight of a much longer vector would lose its digits.
+    return np.array([min(max(x / apart, 0.0), 1.0) for x in (d - b, a - b)])
 
 
-def cagrad_weights(gram: Array, c: float) -> Array:
-    """Weights w in the simplex that minimise w^T b + k sqrt(w^T G w), the dual of CAGrad.
+def cagrad_shift(gram: Array, c: float) -> Array:
+    """The s >= 0 with d = g_0 + sum s_i g_i the direction of CAGrad.
 
-    b = G 1 / T holds the products with the mean gradient g_0, and k = c |g_0|. At the solution
-    G w + t b is constant on the support and larger elsewhere, with t = |g_w| / k. On a given
-    support w is linear in t, and t the root of a quadratic equation.
+    s = k w / |g_w| with k = c |g_0| and w in the simplex the minimum of w^T b + k |g_w|, the dual
+    problem; b = G 1 / T holds the products with the mean gradient g_0. At the solution G w + t b is
+    constant on the support and larger elsewhere, with t = |g_w| / k. On a given support w is linear
+    in t, and t the root of a quadratic equation.
+
+    Where g_w = 0 the best worst case is 0, and d the nearest point to g_0 that reaches it.
     """
     m = len(gram)
     b = gram.mean(1)
-    mean_square = b.mean()
-    k = c * np.sqrt(max(mean_square, 0.0))
-    if k <= EPS or m == 1:
-        return np.full(m, 1 / m)
+    k = c * float(np.sqrt(max(b.mean(), 0.0)))
+    lengths = np.sqrt(gram.diagonal())
+    if k <= EPS or m == 1 or not lengths.min() > 0:
+        return np.full(m, k / lengths[0] if m == 1 else 0.0)
     w = _cagrad_by_supports(gram, b, k, np.ones(m, bool))
-    return _cagrad_by_halving(gram, b, k, c) if w is None else w
+    if w is None or _nearly_cancels(gram, w, lengths):
+        # Damped gradients never cancel. Where the others do, they lead to the nearest point.
+        sure = damped(gram)
+        guess = _cagrad_by_halving(sure, b, k, c)
+        w = _cagrad_by_supports(gram, b, k, guess > 0)
+        if w is None or _nearly_cancels(gram, w, lengths):
+            gram, w = sure, guess
+    return k / np.sqrt(w @ gram @ w) * w
+
+
+def _nearly_cancels(gram: Array, w: Array, lengths: Array) -> bool:
+    """Whether the combination is so short that damping, or round-off, would change it."""
+    return bool(w @ gram @ w < EPS ** (1 / 3) * (w @ lengths) ** 2)
 
 
 def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array | None:
     """Exchange all tasks that are on the wrong side until none is; None if that leads nowhere."""
     right = np.stack([np.ones(len(gram)), b], axis=1)
+    lengths = np.sqrt(gram.diagonal())
     for _ in range(12):
         index = support.nonzero()[0]
         inner = gram if len(index) == len(gram) else gram[index[:, None], index]
@@ -94,10 +122,11 @@ def _cagrad_by_supports(gram: Array, b: Array, k: float, support: Mask) -> Array
         w[index] = constant + t * slope
         level = gram @ w + t * b
         least = level[index].mean()
-        wrong = np.where(support, w < 0, level < least * (1 - 1e-12))
+        noise = 4 * EPS * len(gram) * (lengths * (np.abs(w) @ lengths) + t * np.abs(b))
+        wrong = np.where(support, w < 0, level < least - 1e-12 * abs(least) - noise)
         if not wrong.any():
-            exact = np.ptp(level[index]) <= 1e-11 * abs(least)
-            return w if exact else None
+            off = np.abs(level - least)[index]
+            return w if (off <= 1e-11 * abs(least) + noise[index]).all() else None
         support ^= wrong
         if not support.any():
             return None
@@ -108,13 +137,6 @@ def _cagrad_by_halving(gram: Array, b: Array, k: float, c: float) -> Array:
     """For fixed t a min-norm problem; so t is found between 0 and max |g_i| / k."""
     mean_square = b.mean()
     low, high = 0.0, float(np.sqrt(gram.diagonal().max()) / k)
-    w = min_norm_weights(gram)
-    if w @ gram @ w <= EPS * (w @ gram.diagonal()):
-        at_zero, little = w, high * LITTLE
-        w = min_norm_weights(shifted(gram, b, mean_square, little))
-        if w @ gram @ w <= (little * k) ** 2:
-            return at_zero  # t, and with it g_w, vanishes
-        low = little
     t = min(1.0 / c, high)
     for _ in range(MANY_STEPS):
         w = min_norm_weights(shifted(gram, b, mean_square, t))
@@ -154,25 +176,38 @@ def _radius_on_support(gram: Array, b: Array, k: float, support: Mask, near: flo
     return float(real[np.abs(real - near).argmin()]) if len(real) else np.nan
 
 
-def equal_projection_weights(gram: Array) -> Array:
+def equal_projection_weights(gram: Array, eps: float = EPS) -> Array:
     """Weights with sum 1 whose combination has equal products with all unit gradients.
 
-    Solves gram a = l n, 1^T a = 1 with n_i = sqrt(gram_ii) > 0. Where that has no solution or
-    several, the least-squares solution nearest to equal weights is taken.
+    Solves C y = l 1, 1^T a = 1 with C the cosines, y_i = n_i a_i and n_i = sqrt(gram_ii) > 0.
+    Where several weights do, those nearest to equal ones are taken; where none do, the nearest to
+    it in the sense of least squares. Eigenvalues of C below the round-off of the rows, T eps of the
+    largest, count as zero.
     """
     m = len(gram)
     n = np.sqrt(gram.diagonal())
     cosines = gram / (n[:, None] * n)
-    tolerance = 100 * m * EPS
-    unscaled = solve_if_regular(cosines, np.ones(m))
-    if unscaled is None:
-        values, vectors = np.linalg.eigh(cosines)
-        if values[0] > tolerance * values[-1]:
-            unscaled = vectors @ (vectors.sum(0) / values)
+    tolerance = 100 * m * EPS + m * eps
+    unscaled = solve_if_regular(cosines, np.ones(m), max(1e-4, np.sqrt(10 * m * tolerance)))
     if unscaled is not None:
-        a = unscaled / n
-        if abs(a.sum()) > tolerance * np.abs(a).sum():  # else no multiple of it has sum 1
-            return a / a.sum()
+        solutions = (unscaled / n)[:, None]
+    else:
+        values, vectors = np.linalg.eigh(cosines)
+        kept = values > tolerance * values[-1]
+        range_, null = vectors[:, kept], vectors[:, ~kept]
+        ones_in_range = range_.sum(0)
+        solutions = null / n[:, None]
+        if (null.sum(0) ** 2).sum() <= 10 * tolerance * m:  # else all the products are 0
+            regular = range_ @ (ones_in_range / values[kept])
+            solutions = np.column_stack([regular / n, solutions])
+    basis = solutions / np.linalg.norm(solutions, axis=0)
+    if basis.shape[1] > 1:
+        basis, _ = np.linalg.qr(basis)
+    # The point nearest to equal weights on the plane of sum 1 within a subspace is a multiple of
+    # the projection of 1 onto it.
+    ones = basis @ basis.sum(0)
+    if ones.sum() > tolerance**2 * m:
+        return ones / ones.sum()
     # gram a is parallel to n exactly if its part orthogonal to n vanishes.
     unit = n / np.linalg.norm(n)
     equal = np.full(m, 1 / m)

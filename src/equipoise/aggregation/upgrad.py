@@ -24,6 +24,7 @@ class UPGrad(GramAggregator):
     """
 
     never_conflicts = True
+    damping = 1
 
     def weights(self, gram: Array, losses: Array | None) -> Array:
         """1/T each, and what the projections add."""

@@ -88,7 +88,8 @@ def aggregator_stage(given: Callable[..., Tensor]) -> AggregatorStage:
 
 def _of_gram_aggregator(given: GramAggregator) -> Coefficients:
     def coefficients(gram: Tensor, losses: Tensor, dtype: torch.dtype) -> Tensor:
-        return given.coefficients(gram, losses if given.needs_losses else None)
+        known = losses if given.needs_losses else None
+        return given.coefficients(gram, known, eps=torch.finfo(dtype).eps)
 
     return coefficients
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
-from equipoise.linalg import gram_matrix, inner_products
+from equipoise.linalg import combine_rows, gram_matrix, inner_products
 
 
 class Rows:
@@ -75,6 +75,7 @@ class Rows:
         self._filled = 0
         self.factors: Tensor | None = None
         self.multiplied: Tensor | None = None
+        self._gram: Tensor | None = None  # of what is in the buffer, once it was asked for
         self._version = self.buffer._version
         self._reached = [False] * len(self.parameters)
 
@@ -122,6 +123,7 @@ class Rows:
         """As `renewed` with the gradient that row k already is."""
         if minus_old:
             self.buffer[k].zero_()
+            self._gram = None
 
     @contextmanager
     def renewed(self, k: int, minus_old: bool) -> Generator[None]:
@@ -130,7 +132,7 @@ class Rows:
         The gradients go from the graph to the row one parameter after the other: no second list
         of them is ever held.
         """
-        row = self.buffer[k]
+        row, self._gram = self.buffer[k], None
         _ = row.neg_() if minus_old else row.zero_()
         if self._whole is not None:
             self._whole.zero_()
@@ -162,12 +164,13 @@ class Rows:
         """Let the buffer hold the rows as they are, times their factors."""
         if self.factors is not None:
             self.filled.mul_(self.factors.to(self.buffer)[:, None])
+            self._gram = None
             self.multiplied, self.factors = self.factors, None
             self._version = self.buffer._version
 
     def gram(self) -> Tensor:
         """(filled, filled) inner products over all P columns, float64 on the CPU."""
-        gram = self.ranks.sum(gram_matrix(self.filled)).cpu()  # the one copy to the host
+        self._gram = gram = self.ranks.sum(gram_matrix(self.filled)).cpu()  # one copy to the host
         if self.factors is None:
             return gram
         return gram * torch.outer(self.factors, self.factors).to(gram)
@@ -193,10 +196,12 @@ class Rows:
         return vector
 
     def combine(self, coefficients: Tensor) -> Tensor:
-        """(P,) sum of coefficient times row."""
+        """(P,) sum of coefficient times row; precise where large ones cancel, after `gram`."""
         if self.factors is not None:
             coefficients = coefficients * self.factors
-        return self.ranks.gather(coefficients.to(self.buffer) @ self.filled)
+        if self._gram is None:
+            return self.ranks.gather(coefficients.to(self.buffer) @ self.filled)
+        return self.ranks.gather(combine_rows(self.filled, coefficients, self._gram))
 
     def whole(self) -> Tensor:
         """(filled, P) the rows in full on every process: for what needs more than products."""
