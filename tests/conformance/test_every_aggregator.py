@@ -41,7 +41,7 @@ def test_every_aggregator_has_the_checks_of_its_kind(token: str) -> None:
     if isinstance(one, eq.GramAggregator):
         expected |= {"opposite gradients", "coefficients", "known coefficients"}
     if one.never_conflicts:
-        expected |= {"opposite gradients", "no conflict"}
+        expected |= {"opposite gradients", "no conflict", "rows that cancel"}
     if not hasattr(one, "generator"):
         expected |= {"order of the tasks"}
     assert names == expected

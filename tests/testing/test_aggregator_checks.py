@@ -84,6 +84,7 @@ FAULTS: list[tuple[str, Callable[[], Any], str]] = [
     ("any rows", lambda: short_of_memory, "found RuntimeError: singular matrix"),
     ("rows unchanged", lambda: in_place, "found changed ones"),
     ("no conflict", wrong(Right, never_conflicts=True), "expected no product below"),
+    ("rows that cancel", wrong(Right, never_conflicts=True), "cancelling rows, T=3, rank 1, "),
     ("scale", wrong(Plain, degree=2), r"times 9.09495e-13 \*\* 2"),
     ("scale", wrong(Plain, forward=lambda self, rows: rows.sum(0).sign()), "off by"),
     ("order of the tasks", lambda: lambda rows: rows[0], "in another order"),

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from equipoise.aggregation.base import Aggregator, GramAggregator
 from equipoise.errors import NonFiniteError
 from equipoise.testing.common import (
     Check,
     Make,
-    called,
     ensure,
     fresh,
     named,
@@ -20,10 +19,14 @@ from equipoise.testing.common import (
     same_state,
     saved,
 )
-from equipoise.testing.rows import kinds_of_rows
+from equipoise.testing.directions import direction, independent, length, longest
+from equipoise.testing.rows import kinds_of_rows, nearly_stationary_rows
 
 TASKS = (1, 2, 3, 10, 100)
 SCALES = (1e-12, 1e-6, 1.0, 1e6)
+CANCELLING = ((3, 1, 0), (3, 2, 1), (5, 3, 0), (20, 10, 0), (20, 19, 5), (40, 7, 0))
+UNRESOLVED = 4e-4
+"""About the square root of single precision: what products of such rows cannot resolve."""
 DEGREES = (2.0**-40, 2.0**-7, 2.0**20)
 
 
@@ -76,7 +79,7 @@ def aggregator_checks(make: Make) -> Iterator[tuple[str, Check]]:
     if isinstance(one, Aggregator):
         wanted |= {"agreement": agreement, "not finite": not_finite}
     if getattr(one, "never_conflicts", False):
-        wanted["no conflict"] = no_conflict
+        wanted |= {"no conflict": no_conflict, "rows that cancel": rows_that_cancel}
     if isinstance(one, GramAggregator) or getattr(one, "never_conflicts", False):
         wanted["opposite gradients"] = opposite_gradients
     if isinstance(one, nn.Module):
@@ -130,6 +133,18 @@ def no_conflict(make: Make) -> None:
                 worst = (rows @ found).min().item() / (longest(rows) or 1.0)
                 bound = f"no product below -{left:.2g} of the longest row (never_conflicts)"
                 ensure(worst >= -left, where, bound, f"{worst:.2g}")
+
+
+def rows_that_cancel(make: Make) -> None:
+    """Nor where non-negative weights combine the rows to zero, up to their round-off."""
+    for n_tasks, rank, zeros in CANCELLING:
+        generator = torch.Generator().manual_seed(n_tasks)
+        rows, _ = nearly_stationary_rows(n_tasks, rank, zeros=zeros, generator=generator)
+        where = f"cancelling rows, T={n_tasks}, rank {rank}, {zeros} weights 0, {rows.dtype}"
+        found, lengths = direction(make, rows, where).double(), rows.double().norm(dim=1)
+        worst = (rows.double() @ found / lengths).min().item()
+        bound = f"no product below -{UNRESOLVED:g} for unit rows (never_conflicts)"
+        ensure(worst >= -UNRESOLVED, where, bound, f"{worst:.2g}")
 
 
 def scale(make: Make) -> None:
@@ -265,30 +280,3 @@ def known_coefficients(make: Make) -> None:
         found = one.coefficients(rows @ rows.T, *more)
         same = torch.equal(known, found)
         ensure(same, "independent rows, T=3", f"coefficients {known.tolist()}", found.tolist())
-
-
-# ----------------------------------------------------------------------------------------- helpers
-
-
-def direction(make: Make, rows: Tensor, where: str) -> Tensor:
-    """The direction of a fresh aggregator; its shape is checked."""
-    one = fresh(make, len(rows))
-    more = (torch.ones(len(rows)).to(rows),) if getattr(one, "needs_losses", False) else ()
-    found = called(one, where, rows, *more)
-    ensure(found.shape == rows.shape[1:], where, f"{tuple(rows.shape[1:])}", tuple(found.shape))
-    return found
-
-
-def independent(n_tasks: int) -> Tensor:
-    """Rows without any relation."""
-    return dict(kinds_of_rows(n_tasks))["independent"]
-
-
-def length(vector: Tensor) -> float:
-    """Of a direction, in float64."""
-    return vector.double().norm().item()
-
-
-def longest(rows: Tensor) -> float:
-    """The length of the longest row."""
-    return rows.double().norm(dim=1).max().item()
