@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def peak(recipe: str) -> dict[str, int]:
 
 
 def work() -> None:
-    """Answer one command a line, in JSON, until there are no more."""
+    """Be a worker."""
     torch.set_num_threads(1)
     runs: dict[tuple[str, str], Run] = {}
 
@@ -204,12 +204,18 @@ def work() -> None:
     def block(recipe: str, model: str, steps: int) -> dict[str, Any]:
         return runs[recipe, model].block(steps)
 
-    def where() -> str:
-        import equipoise
+    serve({f.__name__: f for f in (build, block, where, readable, peak)})
 
-        return str(Path(equipoise.__file__).resolve().parents[1])
 
-    commands: dict[str, Callable] = {f.__name__: f for f in (build, block, where, readable, peak)}
+def where() -> str:
+    """The path from which equipoise comes."""
+    import equipoise
+
+    return str(Path(equipoise.__file__).resolve().parents[1])
+
+
+def serve(commands: dict[str, Callable]) -> None:
+    """Answer one command a line, in JSON, until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     for line in sys.stdin:
@@ -225,9 +231,18 @@ def work() -> None:
 
 
 class Worker:
-    """A process that has imported one checkout."""
+    """A process that has imported one checkout.
 
-    def __init__(self, path: Path, hash_seed: int = 0) -> None:
+    Args:
+        path: its src directory.
+        hash_seed: of Python, for the process.
+        script: what is run, with --worker.
+        under: a command under which it is run.
+    """
+
+    def __init__(
+        self, path: Path, hash_seed: int = 0, script: str = __file__, under: Sequence[str] = ()
+    ) -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": str(path),
@@ -235,7 +250,7 @@ class Worker:
             "PYTHONHASHSEED": str(hash_seed),
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"],
+            [*under, sys.executable, script, "--worker"],
             env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         found = self("where")
@@ -338,6 +353,13 @@ def memory(paths: list[Path], recipes: list[str]) -> list[dict]:
     return rows
 
 
+def common_recipes(paths: list[Path], pattern: str) -> list[str]:
+    """The recipes that match and that both checkouts can read."""
+    with Worker(paths[0]) as old, Worker(paths[1]) as new:
+        known = set(old("readable"))
+        return [r for r in new("readable") if r in known and re.search(pattern, r)]
+
+
 def commit(path: Path) -> str:
     """The commit of a checkout, with a star if there are changes beside it."""
     git = ["git", "-C", str(path)]
@@ -368,9 +390,7 @@ def main() -> None:
         parser.error("--old is missing")
     paths = [arguments.old.resolve(), arguments.new.resolve()]
     began = time.time()
-    with Worker(paths[0]) as old, Worker(paths[1]) as new:
-        known = set(old("readable"))
-        recipes = [r for r in new("readable") if r in known and re.search(arguments.only, r)]
+    recipes = common_recipes(paths, arguments.only)
     content: dict[str, Any] = {
         "environment": {**environment(), "threads": 1},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
