@@ -71,6 +71,10 @@ CALLABLE = "lambda rows: rows.sum(0)"
 LENET, SMALL, MANY, DEEP = "LeNet, T=2, batch 256", "MLP, T=2", "MLP, T=10", "MLP, T=6"
 SPEED = (LENET, SMALL, MANY)
 """The models on which steps are timed; on the small ones what the engine itself does dominates."""
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""For glibc, in both workers. Else it is an accident of what lies where in a process whether the
+heap's end goes back to the system in each step and is faulted in again, at a quarter of the time.
+"""
 BLOCK_SECONDS = 0.06
 WARM_UP = 3
 
@@ -248,6 +252,7 @@ class Worker:
             "PYTHONPATH": str(path),
             "OMP_NUM_THREADS": "1",
             "PYTHONHASHSEED": str(hash_seed),
+            **KEEP_MEMORY,
         }
         self._process = subprocess.Popen(
             [*under, sys.executable, script, "--worker"],
