@@ -18,10 +18,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import environment, table, write
+from common import allocated, environment, table, write
 from step import TORCHJD, jd, plain_sgd, torchjd_step
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 import equipoise as eq
 from equipoise.registry import METHODS
@@ -54,20 +53,17 @@ def network(n_tasks: int) -> eq.SharedTrunk:
 
 def peak(name: str, n_tasks: int) -> int:
     """Bytes that are held at most while a network is built and makes two steps by `name`."""
-    torch.manual_seed(0)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def life() -> None:
         model = network(n_tasks)
         inputs = torch.randn(8, WIDTH)
         targets = {task: torch.randint(2, (8,)) for task in model.tasks}
         step = _step(name, model, inputs, targets)
         step()
         step()
-    held = highest = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest
+
+    torch.manual_seed(0)
+    return allocated(life)[1]
 
 
 def _step(name: str, model: eq.SharedTrunk, inputs: torch.Tensor, targets: dict) -> Callable:
