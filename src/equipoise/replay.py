@@ -147,23 +147,24 @@ class UndoesItself(Protocol):
 
 @contextmanager
 def unchanged_on_error(
-    model: nn.Module, stages: Iterable[Any], devices: Iterable[torch.device]
+    model: nn.Module,
+    devices: Iterable[torch.device],
+    stages: Iterable[Any] = (),
+    by_themselves: Iterable[UndoesItself] = (),
 ) -> Generator[RandomState]:
     """Whatever the body raises, an interrupt too, leaves no trace.
 
-    The model's buffers, the state of the stages (whatever has `state_dict` and `load_state_dict`)
-    and the global random generators, the CPU's and those of `devices`, are then as they were
-    before. Gives the random state at the beginning.
+    The model's buffers, the state of the stages (by `state_dict` and `load_state_dict`), of what
+    goes back by itself, and the global random generators, the CPU's and those of `devices`, are
+    then as they were before. Gives the random state at the beginning.
     """
     random = RandomState(devices)
     buffers = copy_of_buffers(model)
-    stages = list(stages)
-    own = [s for s in stages if isinstance(s, UndoesItself)]
-    states = [(s, deepcopy(s.state_dict())) for s in stages if not isinstance(s, UndoesItself)]
+    states = [(stage, _copy(stage.state_dict())) for stage in stages]
     try:
         with ExitStack() as guards:
-            for stage in own:
-                guards.enter_context(stage.unchanged_on_error())
+            for part in by_themselves:
+                guards.enter_context(part.unchanged_on_error())
             yield random
     except BaseException:
         put_back(buffers)
@@ -171,6 +172,10 @@ def unchanged_on_error(
             stage.load_state_dict(state)
         random.restore()
         raise
+
+
+def _copy(state: Any) -> Any:
+    return deepcopy(state) if state else state
 
 
 Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]

@@ -15,7 +15,7 @@ from equipoise.engine.compatibility import refuse_senseless, shared_trunk
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.factors import factors_of
-from equipoise.engine.gradients import scaled
+from equipoise.engine.gradients import scale, scaled
 from equipoise.engine.graph_evaluation import GraphNetwork
 from equipoise.engine.latent_search_pass import LatentSearch
 from equipoise.engine.partition import Partition, Shared
@@ -25,6 +25,7 @@ from equipoise.engine.saving import held_outside, load, saved, undone_on_error
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
 from equipoise.engine.stages import Stages
+from equipoise.engine.trunk_evaluation import combine_features
 from equipoise.engine.trunk_network import TrunkNetwork
 from equipoise.engine.update import Update, adopt, held_by
 from equipoise.errors import EquipoiseError
@@ -149,9 +150,11 @@ class Step:
         """
         stages, batch = self._stages, (inputs, targets, masks)
         devices = {p.device for p in held_by(self.optimizer)}
-        parts = [*stages.touched(), self._network]
-        with undone_on_error(self.model, parts, devices) as before:
-            look = self._evaluate(batch, stages.looks_again)
+        copied, by_themselves = stages.changed
+        undoing = [*by_themselves, self._network]
+        with undone_on_error(self.model, devices, copied, undoing) as before:
+            out = stages.weighting.left_out
+            look = self._network.evaluate(batch, self._ranks, out, stages.looks_again)
             before.names = look.presence.names
             if not before.names:
                 return StepReport.skipped(self.tasks)
@@ -166,10 +169,8 @@ class Step:
                 result = Combination(known)
                 shared, own = look.backward(known, factors)
             elif stages.level == "features":
-                sent_back, raw = look.feature_gradients(factors)
-                result, latent = sent_back.combine(stages.aggregator, look.losses, stages.descent)
-                shared = look.through(latent, again=stages.verifying is not None)
-                own = scaled(raw, factors)
+                result, shared, raw = combine_features(look, stages, factors)
+                own = scale(raw, factors)
             else:
                 rows = self._buffer(look)
                 raw = moved = look.fill(rows)
@@ -180,12 +181,12 @@ class Step:
                     second = SecondLook(look, rows, raw, factors, stages.perturbation, keep)
                     direction, moved, result.flat = second.along(direction, stages.flat)
                 shared = rows.per_parameter(direction)
-                own = scaled(moved, factors)
+                own = (scaled if stages.looks_again else scale)(moved, factors)
             heads = own if stages.heads == "own" else scaled(own, result.coefficients)
 
             norm = finite_norm(shared)
             if norm is None or finite_norm(itertools.chain(*heads)) is None:
-                raise self._not_finite(batch, before.random)
+                raise self._not_finite(look, before.random)
             update = Update(self.optimizer, self.clip_norm, look, stages.weighting.learnable)
             if self.line_search is None:
                 update.step(shared, heads, learned)
@@ -198,7 +199,7 @@ class Step:
             report = StepReport.of(look.presence, look.losses, weighted, result, norm, found)
         if second:
             second.commit()
-        self._let_weighting_learn(batch, report, before.random)
+        self._let_weighting_learn(look, report, before.random)
         return report
 
     @property
@@ -207,9 +208,6 @@ class Step:
         return self._stages.needs.rows is not None
 
     # ------------------------------------------------------------------ its parts
-
-    def _evaluate(self, batch: Any, again: bool) -> Any:
-        return self._network.evaluate(batch, self._ranks, self._stages.weighting.left_out, again)
 
     def _known(self, look: Evaluation) -> Tensor | None:
         """The coefficients, where they can be named before there are gradients."""
@@ -224,21 +222,23 @@ class Step:
             self._rows = Rows(look.shared, len(self.tasks), self._ranks)
         return self._rows
 
-    def _not_finite(self, batch: Any, before: RandomState) -> EquipoiseError:
+    def _not_finite(self, look: Evaluation, before: RandomState) -> EquipoiseError:
         """The error for a gradient that is not finite: names the task, and costs a replay."""
         before.restore()  # the same dropout masks again
-        look = self._evaluate(batch, again=False).look()
-        return look.not_finite(self._buffer(look))
+        again = look.repeated().look()
+        return again.not_finite(self._buffer(again))
 
-    def _let_weighting_learn(self, batch: Any, report: StepReport, before: RandomState) -> None:
+    def _let_weighting_learn(
+        self, look: Evaluation, report: StepReport, before: RandomState
+    ) -> None:
         """Show the weighting what it declares to need of the step that was made."""
         method = self._stages.weighting.method
         if method is not None and (method.needs_gram or method.needs_losses_after):
             after = None
             if method.needs_losses_after:
                 with torch.no_grad(), replayed(self.model, before):
-                    after = self._evaluate(batch, again=False).losses_or_nan()
-            method.observe(report.losses, ~report.losses.isnan(), report.gram, after)
+                    after = look.repeated().losses_or_nan()
+            method.observe(report.losses, look.presence.present, report.gram, after)
 
     # ------------------------------------------------------------------ at the beginning
 
@@ -294,6 +294,6 @@ class Step:
             "model": self.model,
             "optimizer": self.optimizer,
             **held_outside(self.model, self.optimizer, self._stages.weighting.learnable),
-            **dict(self._stages.stateful()),
+            **self._stages.stateful,
             **({"network": self._network} if self._network.has_state else {}),
         }

@@ -98,8 +98,8 @@ def _coefficients(
 
 def finite(gram: Tensor) -> Tensor:
     """The Gram matrix; or NonFiniteError with the position of a gradient that is not finite."""
-    good = torch.isfinite(gram.diagonal())
-    if not bool(good.all()):
+    if not math.isfinite(gram.trace()):
+        good = torch.isfinite(gram.diagonal())
         raise NonFiniteError(int((~good).nonzero()[0]), NOT_FINITE)
     return gram
 
@@ -148,6 +148,8 @@ class FeatureGradients:
         if not self.outputs:
             return torch.zeros(n_tasks, n_tasks, dtype=torch.float64)
         gram = self.ranks.sum(feature_gram(self.sent_back)).cpu()
+        if all(factor == 1.0 for factor in self.factors.tolist()):
+            return gram
         return gram * torch.outer(self.factors, self.factors).to(gram)
 
     @property

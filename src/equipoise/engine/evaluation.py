@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -62,6 +63,10 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
+    def repeated(self) -> Evaluation:
+        """The same batch once more, as if it were new."""
+
+    @abstractmethod
     def fill(self, rows: Rows) -> list[Gradients]:
         """Fill a row with each present task's gradient of the shared parameters.
 
@@ -118,7 +123,24 @@ class Evaluation(ABC):
 
     def seed(self, k: int, value: Tensor, weight: float = 1.0) -> Tensor:
         """What the loss of the k-th present task is multiplied by: this process's share of it."""
-        return value.new_tensor(weight * float(self.presence.shares[k]))
+        return value.new_tensor(weight * self.presence.parts[k])
+
+    def weighted(
+        self, values: Sequence[Tensor | None], weights: Sequence[float]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The losses of this process that have a graph, and what each is multiplied by."""
+        parts = self.presence.parts
+        found = [
+            (value, weight * part)
+            for value, weight, part in zip(values, weights, parts, strict=True)
+            if value is not None and value.requires_grad
+        ]
+        if not found:
+            return [], []
+        ends, numbers = map(list, zip(*found, strict=True))
+        if len({(end.dtype, end.device) for end in ends}) == 1:  # one tensor for all
+            return ends, list(ends[0].new_tensor(numbers).unbind())
+        return ends, [end.new_tensor(number) for end, number in zip(ends, numbers, strict=True)]
 
     def joint(self, values: Sequence[Tensor | None]) -> Tensor:
         """(T',) the losses of the joint batch from those of this process, float64 on the CPU."""
@@ -132,14 +154,11 @@ class Evaluation(ABC):
 
     def refuse_infinite_losses(self) -> None:
         """Raise NonFiniteError if a loss is NaN or infinite."""
-        finite = torch.isfinite(self.losses)
-        if not bool(finite.all()):
-            k = int((~finite).nonzero()[0])
-            raise NonFiniteError(
-                self.presence.names[k],
-                f"loss is {float(self.losses[k])}. Lower the learning rate, or leave this batch "
-                "out.",
-            )
+        for task, loss in zip(self.presence.names, self.losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
+                )
 
     def losses_or_nan(self) -> Tensor:
         """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""

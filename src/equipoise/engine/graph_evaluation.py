@@ -172,20 +172,20 @@ class GraphEvaluation(Evaluation):
         self.refuse_infinite_losses()
         return self
 
+    def repeated(self) -> GraphEvaluation:
+        """Call the closure once more, as for a new batch."""
+        out = frozenset(self.network.tasks.index(task) for task in self.left_out)
+        return GraphEvaluation(self.network, self.closure, self.ranks, out, again=False)
+
     # ------------------------------------------------------------------ backward
 
     def _gradients(
         self, values: Sequence[Tensor | None], weights: Sequence[float], of: Sequence[Tensor]
     ) -> Gradients:
         """Gradients of the weighted sum of this process's losses; the graph is kept."""
-        pairs = [
-            (value, self.seed(k, value, weight))
-            for k, (value, weight) in enumerate(zip(values, weights, strict=True))
-            if value is not None
-        ]
-        if not pairs or not of:
+        ends, starts = self.weighted(values, weights)
+        if not ends or not of:
             return [None] * len(of)
-        ends, starts = zip(*pairs, strict=True)
         return list(torch.autograd.grad(ends, of, starts, retain_graph=True, allow_unused=True))
 
     def fill(self, rows: Rows) -> list[Gradients]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.displaced import Displaced
+from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.gradients import Gradients, scaled
 from equipoise.engine.rows import Rows
 from equipoise.engine.search_pass import Found, Search, pairs_of
@@ -26,9 +27,9 @@ class LatentSearch(Search):
     The trunk has been passed backward once. Arguments are those of `Search`.
     """
 
-    def __init__(self, look: TrunkEvaluation, *arguments: Any) -> None:
+    def __init__(self, look: Evaluation, *arguments: Any) -> None:
         super().__init__(look, *arguments)
-        assert isinstance(self.rule, LatentLineSearch)
+        assert isinstance(look, TrunkEvaluation) and isinstance(self.rule, LatentLineSearch)
         self.look, self.latent_rule = look, self.rule
 
     def _find(

@@ -157,7 +157,7 @@ class Rows:
 
     def weigh(self, factors: Tensor) -> None:
         """Multiply all rows by factors (filled,), float64 on the CPU, at no cost."""
-        if bool((factors != 1).any()):
+        if any(factor != 1.0 for factor in factors.tolist()):
             self.factors = factors.detach()
 
     def multiply(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from equipoise.engine.partition import outside
 from equipoise.engine.stages import Stateful
 from equipoise.errors import EquipoiseError, TaskError
-from equipoise.replay import RandomState, devices_of, unchanged_on_error
+from equipoise.replay import RandomState, UndoesItself, devices_of, unchanged_on_error
 
 
 @dataclass
@@ -32,18 +32,15 @@ class Before:
 
 @contextmanager
 def undone_on_error(
-    model: nn.Module, stages: Iterable[Any], devices: Iterable[torch.device]
+    model: nn.Module,
+    devices: Iterable[torch.device],
+    stages: Iterable[Stateful],
+    by_themselves: Iterable[UndoesItself],
 ) -> Generator[Before]:
-    """On an error put everything back, and let the error call the task by its name.
-
-    Args:
-        model: whose buffers are put back.
-        stages: whose states are, and whatever else goes back by itself.
-        devices: whose random generators are, besides the CPU's.
-    """
+    """`unchanged_on_error`, with an error that calls the task by its name."""
     before = None
     try:
-        with unchanged_on_error(model, stages, devices) as random:
+        with unchanged_on_error(model, devices, stages, by_themselves) as random:
             before = Before(random)
             yield before
     except TaskError as error:

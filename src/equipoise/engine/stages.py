@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from equipoise.engine.targets import Presence
 from equipoise.errors import CombinationError
 from equipoise.generators import generator_of, twin
 from equipoise.line_search.base import LineSearch
+from equipoise.replay import UndoesItself
 from equipoise.sharpness import TaskSharpness
 
 
@@ -190,18 +192,20 @@ class Stages:
 
     # ------------------------------------------------------------------ state
 
-    def stateful(self) -> Iterator[tuple[str, Stateful]]:
+    @cached_property
+    def stateful(self) -> dict[str, Stateful]:
         """The stages that have a state, by name."""
-        for name, stage in self.held.items():
-            if isinstance(stage, Stateful):
-                yield name, stage
+        return {name: stage for name, stage in self.held.items() if isinstance(stage, Stateful)}
 
-    def touched(self) -> list[Stateful]:
-        """The stages whose state a step changes on its way; an error has to put it back.
+    @cached_property
+    def changed(self) -> tuple[list[Stateful], list[UndoesItself]]:
+        """The stages whose state a step changes on its way; the second go back by themselves.
 
-        What sharpness holds may be large, and is not touched before the step has been made.
+        What sharpness holds may be large, and does not change before the step has been made.
         """
-        return [stage for _, stage in self.stateful() if stage is not self.sharpness]
+        found = [stage for stage in self.stateful.values() if stage is not self.sharpness]
+        by_itself: list[UndoesItself] = [s for s in found if isinstance(s, UndoesItself)]
+        return [s for s in found if not isinstance(s, UndoesItself)], by_itself
 
     def names(self) -> dict[str, str]:
         """Which stage is of which class."""

@@ -26,6 +26,7 @@ class Presence:
         names: the T' tasks that have a label in some process, in order.
         present: (T,) bool, True for these.
         shares: (T',) float64, the part of each one's labelled samples that this process holds.
+        parts: the same as plain numbers.
     """
 
     def __init__(self, tasks: Sequence[str], counts: Sequence[float], ranks: Ranks) -> None:
@@ -35,6 +36,7 @@ class Presence:
         self.present = totals > 0
         self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
         self.shares = (here / totals)[self.present]
+        self.parts: list[float] = self.shares.tolist()
         self._here = {task for task, count in zip(tasks, counts, strict=True) if count}
 
     def here(self, task: str) -> bool:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.boundary import Boundary, along_trunk, through_trunk, weighted_sum
-from equipoise.engine.direction import FeatureGradients
+from equipoise.engine.direction import Combination, FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
+from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Targets, check_loss
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.linalg import inner, length, on_host
@@ -54,6 +55,7 @@ class TrunkEvaluation(Evaluation):
         again: bool = False,
     ) -> None:
         self.model = model
+        self.losses_of = losses
         self.inputs = inputs
         self.presence = self.targets = presence
         self.ranks = ranks
@@ -111,6 +113,10 @@ class TrunkEvaluation(Evaluation):
             raise TaskError(task, "loss is not connected to the network; was it detached?")
         return loss
 
+    def repeated(self) -> TrunkEvaluation:
+        """The same batch once more, as if it were new."""
+        return TrunkEvaluation(self.model, self.losses_of, self.inputs, self.targets, self.ranks)
+
     # ------------------------------------------------------------------ backward
 
     def heads_backward(self, weights: Tensor) -> list[Gradients]:
@@ -119,16 +125,11 @@ class TrunkEvaluation(Evaluation):
         Args:
             weights: (T',) on the CPU, of the losses.
         """
-        pairs = [
-            (value, self.seed(k, value, weight))
-            for k, (value, weight) in enumerate(zip(self.values, weights.tolist(), strict=True))
-            if value is not None and value.requires_grad
-        ]
+        ends, starts = self.weighted(self.values, weights.tolist())
         parameters = list(itertools.chain(*self.own))
         wanted = [*self.features.inputs, *parameters]
         found: Gradients = [None] * len(wanted)
-        if pairs and wanted:
-            ends, starts = zip(*pairs, strict=True)
+        if ends and wanted:
             found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
         cut = len(self.features.inputs)
         self._sent_back = self.features.sort(found[:cut])
@@ -255,3 +256,17 @@ class TrunkEvaluation(Evaluation):
 def trainable(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Those that are not frozen."""
     return [p for p in parameters if p.requires_grad]
+
+
+def combine_features(
+    look: Evaluation, stages: Stages, factors: Tensor
+) -> tuple[Combination, Gradients, list[Gradients]]:
+    """The direction from gradients of the features: one backward through all heads, one below.
+
+    Returns:
+        How it came about, the trunk's gradients, and those of the heads, of the raw losses.
+    """
+    assert isinstance(look, TrunkEvaluation)
+    gradients, own = look.feature_gradients(factors)
+    result, latent = gradients.combine(stages.aggregator, look.losses, stages.descent)
+    return result, look.through(latent, again=stages.verifying is not None), own

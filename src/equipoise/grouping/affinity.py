@@ -137,7 +137,7 @@ class LookaheadAffinity(_PairMean):
         ranks = Ranks()
         presence = Targets(model.tasks, targets, masks, ranks)
         found = torch.full_like(self.total, torch.nan, device="cpu")
-        with unchanged_on_error(model, (), devices_of(model)) as random, frozen_buffers(model):
+        with unchanged_on_error(model, devices_of(model)) as random, frozen_buffers(model):
             if presence.names:
                 look = TrunkEvaluation(model, self.losses, inputs, presence, ranks, again=True)
                 found[torch.outer(presence.present, presence.present)] = self._look(look).flatten()
