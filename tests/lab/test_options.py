@@ -8,6 +8,7 @@ import pytest
 from equipoise.lab import data, models, options
 from equipoise.lab.data import DATASETS, DataError
 from equipoise.lab.models import MODELS, ModelError
+from equipoise.text import show, show_value
 
 
 def build(
@@ -34,7 +35,7 @@ KNOWN = {"set": build, "Own-Set": undeclared}
 
 def canonical(text):
     name, found = options.read(text, KNOWN, "thing", DataError)
-    return options.call.show(name, found)
+    return show(name, found)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_the_documentation_names_every_option_with_its_default():
         for name, factory in registry.items():
             assert any(f"`{name}`" in row[0] for row in rows), name
             for option, value in options.defaults(factory).items():
-                shown = f"`{options.call.show_value(value)}`"
+                shown = f"`{show_value(value)}`"
                 assert any(
                     f"`{option}`" in names and shown in defaults
                     for row in rows

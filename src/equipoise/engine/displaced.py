@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -27,8 +28,11 @@ class Displaced:
         # Through .data: once they are back, a graph that holds them still goes backward.
         self._values = [p.data for p in self.parameters]
         self._starts = [value.clone() for value in self._values]
-        self._position = {id(p): i for i, p in enumerate(self.parameters)}
-        self._stays = False
+        self._away = self._stays = False
+
+    @cached_property
+    def _position(self) -> dict[int, int]:
+        return {id(p): i for i, p in enumerate(self.parameters)}
 
     @property
     def starts(self) -> list[Tensor]:
@@ -44,29 +48,44 @@ class Displaced:
                 offsets computed on the way are never held together.
             scale: a factor for all offsets.
         """
-        if not isinstance(offsets, Sequence):
+        at_home, self._away = not self._away, True
+        if isinstance(offsets, Sequence):
+            self._together(offsets, scale, at_home)
+        else:
             for parameter, offset in offsets:
-                self._one(self._position[id(parameter)], offset, scale)
-            return
-        chosen = [self._position[id(parameter)] for parameter, _ in offsets]
-        if chosen:
-            values = [self._values[i] for i in chosen]
-            torch._foreach_copy_(values, [self._starts[i] for i in chosen])
-            moved = [(v, o) for v, (_, o) in zip(values, offsets, strict=True) if o is not None]
-            if moved:
-                values, steps = zip(*moved, strict=True)
-                torch._foreach_add_(values, steps, alpha=scale)
+                self._one(self._position[id(parameter)], offset, scale, at_home)
 
-    def _one(self, i: int, offset: Tensor | None, scale: float) -> None:
-        self._values[i].copy_(self._starts[i])
+    def _one(self, i: int, offset: Tensor | None, scale: float, at_home: bool) -> None:
+        if not at_home:
+            self._values[i].copy_(self._starts[i])
         if offset is not None:
             self._values[i].add_(offset, alpha=scale)
+
+    def _together(
+        self, offsets: Sequence[tuple[Tensor, Tensor | None]], scale: float, at_home: bool
+    ) -> None:
+        values, starts = self._values, self._starts
+        everyone = zip(offsets, self.parameters, strict=False)
+        if len(offsets) != len(values) or not all(p is own for (p, _), own in everyone):
+            chosen = [self._position[id(p)] for p, _ in offsets]
+            values, starts = [values[i] for i in chosen], [starts[i] for i in chosen]
+        if values and not at_home:
+            torch._foreach_copy_(values, starts)
+        moved = [(v, o) for v, (_, o) in zip(values, offsets, strict=True) if o is not None]
+        if moved:
+            values, steps = map(list, zip(*moved, strict=True))
+            torch._foreach_add_(values, steps, alpha=scale)
+
+    def moved_by_others(self) -> None:
+        """Take note that something else, an optimizer, has moved them."""
+        self._away = True
 
     @torch.no_grad()
     def back(self) -> None:
         """Put all parameters where they were."""
-        if self._values:
+        if self._away and self._values:
             torch._foreach_copy_(self._values, self._starts)
+        self._away = False
 
     def stay(self) -> None:
         """Leave them where they are: graphs that hold the old values become invalid."""

@@ -173,7 +173,7 @@ class Rows:
         self._gram = gram = self.ranks.sum(gram_matrix(self.filled)).cpu()  # one copy to the host
         if self.factors is None:
             return gram
-        return gram * torch.outer(self.factors, self.factors).to(gram)
+        return gram * self.factors * self.factors[:, None]
 
     def products(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:
         """(filled,) products with a direction (P,), float64 on the CPU.

@@ -171,6 +171,7 @@ class Search:
         state = deepcopy(optimizer.state_dict())
         found = None
         try:
+            before.moved_by_others()
             self.update.step(shared, heads, learned)
             starts = before.starts[: len(parameters)]
             moves = iter([a - b.detach() for a, b in zip(starts, parameters, strict=True)])
