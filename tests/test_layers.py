@@ -168,9 +168,7 @@ def imported_modules(module: str, text: str, all_sources: Sources) -> set[str]:
 
 def there_is_no_circle(all_sources: Sources) -> list[str]:
     """No module imports, over others or for types, what imports it."""
-    left = {
-        m: imported_modules(m, text, all_sources) for m, text in all_sources.items() if in_core(m)
-    }
+    left = {m: imported_modules(m, text, all_sources) for m, text in all_sources.items()}
     # A package's __init__ gathers its modules, which may look at each other; it is no room.
     gathering = {m for m in left if any(other.startswith(m + ".") for other in left)} | {""}
     left = {m: found - gathering for m, found in left.items() if m not in gathering}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +34,7 @@ from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.diagnose_settings import MEASURES, Settings
 from equipoise.lab.progress import Display, Throttle
 from equipoise.lab.runs import Run, finished, refuse_another_run, seeded
+from equipoise.lab.shell import complain, writable
 from equipoise.lab.summary import Over
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -322,24 +322,6 @@ def check(configs: list[RunConfig]) -> None:
                 data = Run(config, data).data
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-
-def writable(folder: Path, mend: str = "choose another --out") -> None:
-    """Make `folder` and try it.
-
-    Raises:
-        ConfigError: nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ConfigError(f"cannot write to {folder} ({error.strerror}); {mend}.") from None
-
-
-def complain(message: str) -> None:
-    """One line on standard error."""
-    print(f"equipoise: {message}", file=sys.stderr)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from equipoise.lab.config import ConfigError, RunConfig
 from equipoise.lab.own_methods import MethodsOption
+from equipoise.lab.shell import complain, writable
 from equipoise.text import read as read_call
 from equipoise.text import show
 
@@ -69,7 +70,6 @@ def group(
     """
     from equipoise.grouping.clustering import Method
     from equipoise.grouping.specialists import Combine
-    from equipoise.lab.cli import complain, writable
     from equipoise.lab.comparison import file_name
     from equipoise.lab.grouping import By, Grouping, Plan, evenly
 
