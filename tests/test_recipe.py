@@ -278,7 +278,7 @@ def build(text: str, **options: Any) -> eq.Step:
 @pytest.mark.parametrize("token", [*WEIGHTINGS, *AGGREGATORS])
 def test_build_makes_the_stages(token: str) -> None:
     step = build(token)
-    factories = {"weighting": METHODS[METHODS[token].beside].factory, "aggregation": eq.Sum}
+    factories = {"weighting": METHODS[METHODS[token].partner].factory, "aggregation": eq.Sum}
     factories[METHODS[token].axis] = METHODS[token].factory
     assert type(step.weighting) is factories["weighting"]
     assert type(step.aggregator) is factories["aggregation"]

@@ -138,7 +138,7 @@ def test_a_weighting_has_what_the_training_knows() -> None:
 
 
 def test_a_line_search() -> None:
-    eq.register("halving", Halving, beside="mgda")
+    eq.register("halving", Halving, partner="mgda")
     recipe = parse("halving(bound=0.5)")
     assert recipe.needs_sgd
     assert str(recipe) == "halving(bound=0.5)"
@@ -173,7 +173,7 @@ def test_anything_that_makes_a_stage() -> None:
 
 
 def test_what_stands_beside_and_what_is_usual_in_flat_regions() -> None:
-    eq.register("share", Share, beside="si", flat={"share": 0.1})
+    eq.register("share", Share, partner="si", flat={"share": 0.1})
     assert isinstance(build("share").weighting, eq.SI)
     assert str(parse("si+share")) == "share"
     assert build("f-share").aggregator.share == 0.1
@@ -310,9 +310,9 @@ class Undecided:
         ("mine", lambda rows: rows.sum(0), {"axis": "aggregation"}, "parameter 'rows' of"),
         ("mine", Positional, {}, "parameter 'share' of Positional has no default that a keyword"),
         ("mine", Rho, {}, "Rho has a parameter 'rho', which recipes use for any aggregator"),
-        ("mine", Share, {"beside": "cagrad"}, "beside is 'cagrad', which is no registered weight"),
-        ("mine", Halving, {"beside": "si"}, "beside is 'si', which is no registered aggregation"),
-        ("mine", Drawn, {"beside": "si"}, "beside is 'si', which is no registered partner"),
+        ("mine", Share, {"partner": "cagrad"}, "partner is 'cagrad', which is no registered weight"),
+        ("mine", Halving, {"partner": "si"}, "partner is 'si', which is no registered aggregation"),
+        ("mine", Drawn, {"partner": "si"}, "partner is 'si', which is no registered partner"),
         ("mine", Share, {"flat": {"c": 1}}, "flat sets 'c', no parameter of an aggregator"),
         ("mine", Drawn, {"flat": {"often": 1}}, "flat sets 'often'"),
     ],
@@ -330,8 +330,8 @@ def test_what_cannot_be_registered(token: str, factory: Any, options: Any, words
 
 def test_again_and_anew() -> None:
     eq.register("mine", Share)
-    eq.register("mine", Share, beside="si")  # the same thing once more
-    assert METHODS["mine"].beside == "si"
+    eq.register("mine", Share, partner="si")  # the same thing once more
+    assert METHODS["mine"].partner == "si"
 
     def define(doc: str, base: type) -> type:
         members = {"__doc__": doc, "__module__": __name__, "__qualname__": "Cell"}

@@ -87,7 +87,7 @@ LINE_SEARCHES: dict[str, tuple[type[LineSearch], str]] = {
     "fbls": (FastBacktracking, "mgda"),
 }
 """Line searches, each with the aggregator that a recipe has if it names none."""
-BESIDE: dict[str, str] = {"db-mtl": "si"}
+PARTNERS: dict[str, str] = {"db-mtl": "si"}
 """Aggregators of methods that also say how losses are weighted."""
 
 REFUSED: dict[str, str] = {

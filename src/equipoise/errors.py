@@ -1,4 +1,4 @@
-"""What can go wrong, each with the name of the task and the mend."""
+"""What can go wrong, each with the name of the task and what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TaskError(EquipoiseError):
 
     Args:
         task: the task's name, or its position in the order of tasks.
-        problem: one sentence with the value and the mend.
+        problem: one sentence with the value and what to do.
     """
 
     def __init__(self, task: int | str, problem: str) -> None:

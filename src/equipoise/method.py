@@ -40,7 +40,7 @@ class Method:
         axis: which question it answers.
         factory: the class, or what makes the stage; parameters in parentheses go to it.
         level: the level at which an aggregator works.
-        beside: the weighting that a recipe has if it names this aggregator and no weighting; the
+        partner: the weighting that a recipe has if it names this aggregator and no weighting; the
             aggregator that it has if it names this line search and no aggregator.
         usual: parameters whose default here is another than the factory's.
         sharpness: for an aggregator in flat regions: what is fixed of its TaskSharpness; the
@@ -53,7 +53,7 @@ class Method:
     axis: Axis
     factory: Callable[..., Any]
     level: str = "parameters"
-    beside: str = "ew"
+    partner: str = "ew"
     usual: Mapping[str, Any] = field(default_factory=dict)
     sharpness: Mapping[str, Any] | None = None
     keep: Callable[[Any, int], Any] | None = None

@@ -34,7 +34,7 @@ class Recipe:
         aggregator: how gradients become one direction, and from which points: `f-` before it for
             task-based flat regions, `a-` for the naive way; default sum.
         is_stl: one network for each task instead, with neither of the two.
-        line_search: how far a step goes; None: as far as the optimizer says. Beside one that works
+        line_search: how far a step goes; None: as far as the optimizer says. With one that works
             among the features an aggregator does so too, and is written without its `-ub`.
     """
 
@@ -50,7 +50,7 @@ class Recipe:
         Raises:
             RecipeError: an unknown token (names the nearest known ones), an unknown parameter, a
                 value that its method refuses.
-            CombinationError: two answers to one question, or anything beside stl.
+            CombinationError: two answers to one question, or anything with stl.
         """
         stages: dict[str, Stage] = {}
         for part in recipe_text.parts(text):
@@ -69,14 +69,14 @@ class Recipe:
         if search is not None:
             aggregator = recipe_text.beside_search(aggregator, search, text)
         recipe_text.refuse_senseless(aggregator, search, text)
-        usual = Stage(METHODS[aggregator.method.beside])
+        usual = Stage(METHODS[aggregator.method.partner])
         return cls(stages.get("weighting", usual), aggregator, "baseline" in stages, search)
 
     def __str__(self) -> str:
         if self.is_stl:
             return "stl"
         parts = []
-        if self.weighting != Stage(METHODS[self.aggregator.method.beside]):
+        if self.weighting != Stage(METHODS[self.aggregator.method.partner]):
             parts.append(str(self.weighting))
         if self.line_search is not None:
             parts.append(str(self.line_search))

@@ -14,7 +14,7 @@ def usual_aggregator(search: Stage | None) -> Stage:
     """The aggregator of a recipe that names none."""
     if search is None:
         return Stage(METHODS["sum"])
-    method = METHODS[search.method.beside]
+    method = METHODS[search.method.partner]
     return Stage((search.method.level == "features" and among_features(method)) or method)
 
 

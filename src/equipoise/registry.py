@@ -13,9 +13,9 @@ from typing import Any, TypeVar, overload
 from equipoise.aggregation import Aggregator, Every, GramAggregator, Sum
 from equipoise.builtin import (
     AGGREGATORS,
-    BESIDE,
     FLAT_DEFAULTS,
     LINE_SEARCHES,
+    PARTNERS,
     REFUSED,
     WEIGHTINGS,
 )
@@ -60,7 +60,7 @@ def register(
     factory: Any = None,
     *,
     axis: Axis | None = None,
-    beside: str | None = None,
+    partner: str | None = None,
     flat: Mapping[str, Any] | None = None,
 ) -> Any:
     """Give a method of your own a name in recipes, tables and the command line.
@@ -75,7 +75,7 @@ def register(
             hints. Those called `n_tasks`, `steps_per_epoch` and `generator` need no default: the
             training gives them. None: returns a decorator.
         axis: "weighting", "aggregation" or "line search"; None: by the class.
-        beside: what a recipe has if it names this method alone: the weighting of an aggregator
+        partner: what a recipe has if it names this method alone: the weighting of an aggregator
             (None: ew), the aggregator of a line search (None: sum, and mgda for features).
         flat: parameters of an aggregator whose default in `f-TOKEN` is another.
 
@@ -101,9 +101,9 @@ def register(
         igbv1+halves(share=0.25)
     """
     if factory is None:
-        return lambda given: register(token, given, axis=axis, beside=beside, flat=flat)
+        return lambda given: register(token, given, axis=axis, partner=partner, flat=flat)
     try:
-        entries = _entries(token, factory, axis, beside, dict(flat or {}))
+        entries = _entries(token, factory, axis, partner, dict(flat or {}))
         _refuse_taken(entries)
     except RecipeError as error:
         raise RecipeError(f"{token!r} cannot be registered: {error}") from None
@@ -142,7 +142,7 @@ def without_flat_regions(method: Method) -> Method | None:
 
 
 def _entries(
-    token: str, factory: Any, axis: Axis | None, beside: str | None, flat: dict[str, Any]
+    token: str, factory: Any, axis: Axis | None, partner: str | None, flat: dict[str, Any]
 ) -> list[Method]:
     """The entry of a token, and those that come with it."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", token):
@@ -158,13 +158,13 @@ def _entries(
     if axis != "aggregation":
         level = getattr(stage, "level", "parameters") if axis == "line search" else "parameters"
         usual = ("mgda" if level == "features" else "sum") if axis == "line search" else "ew"
-        return [Method(token, axis, factory, level, _beside(beside, axis, usual))]
+        return [Method(token, axis, factory, level, _partner(partner, axis, usual))]
     keeps = (
         issubclass(kind, GramAggregator)
         and kind.known_coefficients is GramAggregator.known_coefficients
     )
-    beside = _beside(beside, axis, "ew")
-    plain = Method(token, axis, factory, beside=beside, keep=Every if keeps else None)
+    partner = _partner(partner, axis, "ew")
+    plain = Method(token, axis, factory, partner=partner, keep=Every if keeps else None)
     entries = [plain]
     if works_on_features(stage):  # others need the rows of the parameters themselves
         entries.append(replace(plain, token=f"{token}-ub", level="features"))
@@ -229,12 +229,12 @@ def _look(factory: Any, axis: Axis) -> Any:
     return stage
 
 
-def _beside(token: str | None, axis: Axis, usual: str) -> str:
+def _partner(token: str | None, axis: Axis, usual: str) -> str:
     wanted = {"aggregation": "weighting", "line search": "aggregation"}.get(axis)
     if token is None:
         return usual
     if token not in METHODS or METHODS[token].axis != wanted:
-        raise RecipeError(f"beside is {token!r}, which is no registered {wanted or 'partner'}.")
+        raise RecipeError(f"partner is {token!r}, which is no registered {wanted or 'partner'}.")
     return token
 
 
@@ -279,7 +279,7 @@ def with_task_weights(weighting: Any, weights: Any) -> Fixed:
 for _token, _factory in WEIGHTINGS.items():
     register(_token, _factory)
 for _token, _factory in AGGREGATORS.items():
-    register(_token, _factory, beside=BESIDE.get(_token), flat=FLAT_DEFAULTS.get(_token))
+    register(_token, _factory, partner=PARTNERS.get(_token), flat=FLAT_DEFAULTS.get(_token))
 for _token, (_factory, _aggregator) in LINE_SEARCHES.items():
-    register(_token, _factory, beside=_aggregator)
+    register(_token, _factory, partner=_aggregator)
 METHODS["stl"] = Method("stl", "baseline", single_task)

@@ -216,7 +216,7 @@ class Step:
         return None if known is None else self._ranks.from_first(known)
 
     def _buffer(self, look: Evaluation) -> Rows:
-        """The (T, P) buffer, made anew only if the shared parameters have changed."""
+        """The (T, P) buffer, made again only if the shared parameters have changed."""
         if self._rows is None or not self._rows.fit(look.shared):
             self._rows = None  # free the old one first
             self._rows = Rows(look.shared, len(self.tasks), self._ranks)

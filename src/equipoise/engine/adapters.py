@@ -41,7 +41,7 @@ class AggregatorStage:
         name: of its class, for messages.
         coefficients: from a Gram matrix; None for what needs the rows themselves.
         entry_weights: from sums of the features' gradients; None for what has none.
-        begin: hears which tasks are present, before anything else of a step.
+        begin: is called with which tasks are present, before anything else of a step.
         known: number of tasks -> the coefficients, where they do not depend on gradients.
         degree: the direction is homogeneous of this degree in the rows.
         interval: it looks at the gradients in one of so many steps.

@@ -97,14 +97,14 @@ def _refuse_senseless_level(stages: Stages, network: Network) -> None:
     # What the user wrote: the line search where that is what asks for the features.
     who = stages.needs.features
     if stages.sharpness is not None:
-        mend = "Leave `level` out" if search is None else "Use Backtracking"
+        advice = "Leave `level` out" if search is None else "Use Backtracking"
         raise CombinationError(
             f"{who} and {type(stages.sharpness).__name__}: flat regions need each task's gradient "
-            f"of the shared parameters, not of the features. {mend}."
+            f"of the shared parameters, not of the features. {advice}."
         )
     if not network.has_features:
-        mend = "" if search is None else ", or use Backtracking"
-        raise CombinationError(f"{who} and a closure: it {NO_FEATURES}{mend}.")
+        advice = "" if search is None else ", or use Backtracking"
+        raise CombinationError(f"{who} and a closure: it {NO_FEATURES}{advice}.")
     if not stages.aggregator.works_on_features:
         raise CombinationError(
             f"{who} and {stages.aggregator.name}: features need an aggregator with "
@@ -177,17 +177,17 @@ def _refuse_senseless_search(
             f"{name} and clip_norm={clip_norm}: the line search says how far the step goes. "
             "Leave clip_norm out, or lower `upper`."
         )
-    mend = "Use torch.optim.SGD without options"
+    advice = "Use torch.optim.SGD without options"
     if search.level == "parameters":
-        mend += ', or direction="optimizer"'
+        advice += ', or direction="optimizer"'
     if not isinstance(optimizer, torch.optim.SGD):
-        raise CombinationError(f"{name} and {kind}: its steps are those of plain SGD. {mend}.")
+        raise CombinationError(f"{name} and {kind}: its steps are those of plain SGD. {advice}.")
     for group in optimizer.param_groups:
         for option in ("momentum", "weight_decay", "maximize"):
             if group.get(option):
                 raise CombinationError(
                     f"{name} and {kind}({option}={group[option]}): its steps are those of plain "
-                    f"SGD. {mend}."
+                    f"SGD. {advice}."
                 )
 
 

@@ -163,7 +163,7 @@ class SecondLook:
     # ------------------------------------------------------------------ the passes
 
     def _fill(self) -> list[Gradients]:
-        """Each row anew, from its task's perturbed point; and the gradients of own parameters."""
+        """Fill each row again, from its task's perturbed point; return own gradients."""
         sharp, rows = self.sharpness, self.rows
         if sharp.shares_point:
             self._fill_from(self._trunk(rows.mean()))
@@ -189,7 +189,7 @@ class SecondLook:
         return found if sharp.moves_both else self._own_moved()
 
     def _fill_from(self, trunk: Group) -> None:
-        """All rows anew from one point of the shared parameters."""
+        """Fill all rows again from one point of the shared parameters."""
         tasks = range(len(self.heads))
         if trunk.length <= TINY:
             for k in tasks:

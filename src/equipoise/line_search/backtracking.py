@@ -60,8 +60,8 @@ class Backtracking(LineSearch):
     Trials see the dropout masks of the step and leave buffers and random generators alone; a loss
     that is not finite is never accepted; losses are compared in float64, without slack.
 
-    Passes: trunk and heads one forward for each trial, beside 1 forward and T backwards of the
-    trunk. Memory: beside T x P the parameters once more, and with flat regions another T x P; with
+    Passes: trunk and heads one forward for each trial, besides 1 forward and T backwards of the
+    trunk. Memory: besides T x P the parameters once more, and with flat regions another T x P; with
     direction="optimizer" also the optimizer's state once more. State: a count of steps, the
     adapted bound.
     """

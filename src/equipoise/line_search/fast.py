@@ -27,7 +27,8 @@ class FastBacktracking(LatentLineSearch):
     The thesis has s = 1. A step of the trunk moves the features by -eta J J^T d_z, not by -eta d_z
     (J = dz/dtheta), and the mean over a batch makes each sample's part of d_z small: with s = 1
     the latent part of the rule hardly ever refuses anything, and says little of what the step
-    does. `latent_scale="matched"` mends that to first order at no cost; `verify=True` makes sure.
+    does. `latent_scale="matched"` corrects that to first order at no cost; `verify=True` makes
+    sure.
 
     Args:
         beta: the share of the linear decrease that is asked for, between 0 and 1/2.

@@ -186,7 +186,7 @@ def agreement(make: Make) -> None:
         within = 0.05 < factor <= 2 * n_tasks
         ensure(within, where, f"between 0.05 g and {2 * n_tasks} g", f"{factor:.3g} g")
         off = length(found - factor * rows[0])
-        ensure(off <= 1e-6 * length(found), where, "along g", f"{off:.2g} beside it")
+        ensure(off <= 1e-6 * length(found), where, "along g", f"{off:.2g} off it")
 
 
 def opposite_gradients(make: Make) -> None:

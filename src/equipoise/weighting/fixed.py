@@ -22,7 +22,7 @@ class Fixed(Weighting):
     task of weight 0 takes no part in the training at all.
 
     Aggregators that do not look at the length of a gradient (Nash-MTL; of IMTL-G and EDM the
-    direction) pay no heed to w. MGDA heeds it the other way around: it favours short gradients.
+    direction) ignore w. With MGDA it works the other way around: MGDA favours short gradients.
 
     Args:
         weights: (T,) not negative.

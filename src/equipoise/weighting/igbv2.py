@@ -60,7 +60,7 @@ class IGBv2(GeneratorState, SI):
         buffer_size: the most transitions kept.
         discount: gamma, below 1.
         tau: share of the critics that their targets take over in a gradient step.
-        sac_lr: learning rate of the agent; the paper takes 1e-4 beside MGDA, PCGrad and Nash-MTL.
+        sac_lr: learning rate of the agent; the paper takes 1e-4 with MGDA, PCGrad and Nash-MTL.
         width: of the two hidden layers of each network.
         temperature: initial value of the learned weight of the entropy.
         target_entropy: the entropy that is learned for; None: -T.
