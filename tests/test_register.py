@@ -310,7 +310,7 @@ class Undecided:
         ("mine", lambda rows: rows.sum(0), {"axis": "aggregation"}, "parameter 'rows' of"),
         ("mine", Positional, {}, "parameter 'share' of Positional has no default that a keyword"),
         ("mine", Rho, {}, "Rho has a parameter 'rho', which recipes use for any aggregator"),
-        ("mine", Share, {"partner": "cagrad"}, "partner is 'cagrad', which is no registered weight"),
+        ("mine", Share, {"partner": "cagrad"}, "partner is 'cagrad', which is no registered w"),
         ("mine", Halving, {"partner": "si"}, "partner is 'si', which is no registered aggregation"),
         ("mine", Drawn, {"partner": "si"}, "partner is 'si', which is no registered partner"),
         ("mine", Share, {"flat": {"c": 1}}, "flat sets 'c', no parameter of an aggregator"),
