@@ -71,6 +71,7 @@ def backward(
         TaskError: a loss is not a scalar, not connected to a graph, or not finite; or with
             `features` it reaches a shared parameter without passing through them.
         NonFiniteError: a gradient is not finite. No `.grad` has changed in either case.
+        EquipoiseError: no loss reaches the shared parameters, or `features` is detached.
         CombinationError: a callable without coefficients at the feature level, or a weighting that
             needs the losses after the update or the learning rate, which only a Step knows.
 
@@ -93,6 +94,10 @@ def backward(
     own = set(parameters)
     leaves = reached_leaves(values)
     others = [leaf for leaf in leaves if leaf not in own]
+    if parameters and not own & leaves.keys():
+        raise EquipoiseError(
+            "no loss reaches any of the shared parameters; were the features detached?"
+        )
     presence = Presence(names, [1.0] * len(names), ranks)
     joint = ranks.sum(torch.stack([v.detach().to("cpu", torch.float64) for v in values]))
     joint /= ranks.size
@@ -176,6 +181,11 @@ class _Graph:
             )
         leaves = pytree.tree_leaves(features)
         outputs = [z for z in leaves if isinstance(z, Tensor) and z.requires_grad]
+        if not outputs:
+            raise EquipoiseError(
+                "features holds no tensor that requires a gradient; give what the shared part "
+                "returned, not detached."
+            )
         self._refuse_ways_around(outputs, names)
         sent_back: list[Gradients] = []
         rest: list[Gradients] = []

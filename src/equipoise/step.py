@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregation import MGDA, Sum
-from equipoise.engine.compatibility import refuse_senseless, shared_trunk
+from equipoise.engine.compatibility import refuse_senseless
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.factors import factors_of
 from equipoise.engine.gradients import scale, scaled
-from equipoise.engine.graph_evaluation import GraphNetwork
 from equipoise.engine.latent_search_pass import LatentSearch
-from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.partition import Shared
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.saving import held_outside, load, saved, undone_on_error
@@ -26,7 +25,7 @@ from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
 from equipoise.engine.stages import Stages
 from equipoise.engine.trunk_evaluation import combine_features
-from equipoise.engine.trunk_network import TrunkNetwork
+from equipoise.engine.trunk_network import network_of
 from equipoise.engine.update import Update, adopt, held_by
 from equipoise.errors import EquipoiseError
 from equipoise.linalg import finite_norm
@@ -96,7 +95,11 @@ class Step:
     aggregator: Callable[..., Tensor]
     sharpness: TaskSharpness | None
     line_search: LineSearch | None
+    clip_norm: float | None
     _answers: dict[str, Any]
+    _stages: Stages
+    _network: Network
+    _rows: Rows | None
 
     def __init__(
         self,
@@ -113,15 +116,11 @@ class Step:
         heads: str = "own",
         clip_norm: float | None = None,
     ) -> None:
-        self.model, self.optimizer, self.clip_norm = model, optimizer, clip_norm
-        self._ranks, self._shared = Ranks(), shared
-        self._rows: Rows | None = None
-        usual = MGDA() if isinstance(line_search, LatentLineSearch) else Sum()
+        self.model, self.optimizer, self._shared = model, optimizer, shared
+        self._ranks, self._rows = Ranks(), None
         self._take(
-            losses=losses,
-            weighting=EW() if weighting is None else weighting,
-            aggregator=usual if aggregator is None else aggregator,
-            sharpness=sharpness, line_search=line_search, level=level, heads=heads,
+            losses=losses, weighting=weighting, aggregator=aggregator, sharpness=sharpness,
+            line_search=line_search, level=level, heads=heads, clip_norm=clip_norm,
         )  # fmt: skip
 
     def __call__(
@@ -242,31 +241,30 @@ class Step:
 
     # ------------------------------------------------------------------ at the beginning
 
-    def _take(self, **answers: Any) -> None:
+    def _take(self, losses: Any, clip_norm: float | None, **stages: Any) -> None:
         """Take the answers to the four questions, if they go together."""
-        losses, others = answers["losses"], {k: v for k, v in answers.items() if k != "losses"}
-        network: Network
-        stages = Stages.of(**others, descending=MGDA())
-        if losses is self.__dict__.get("losses"):
-            network = self._network  # which keeps what it knows
-        elif isinstance(losses, Mapping):
-            answers["losses"] = losses = dict(losses)
-            model = shared_trunk(self.model, losses, self._shared)
-            network = TrunkNetwork(model, losses, self.optimizer, stages.needs)
+        latent = isinstance(stages["line_search"], LatentLineSearch)
+        usual = {"weighting": EW(), "aggregator": MGDA() if latent else Sum()}
+        stages |= {place: stage for place, stage in usual.items() if stages[place] is None}
+        found, now = Stages.of(**stages, descending=MGDA()), self.__dict__
+        if losses is now.get("losses"):
+            network: Network = self._network  # which keeps what it knows
         else:
-            partition = Partition(self.model, losses, self.optimizer, self._shared)
-            answers["losses"], self._shared = partition.tasks, partition.given
-            network = GraphNetwork(self.model, partition, stages.needs)
-        refuse_senseless(stages, network, self.optimizer, self.clip_norm)
-        stages.agree(self._ranks)
-        self.__dict__.update(answers, _answers=answers, level=stages.level, tasks=network.tasks)
-        self._stages, self._network, network.needs = stages, network, stages.needs
-        adopt(self.optimizer, stages.weighting)
+            network = network_of(self.model, losses, self.optimizer, self._shared, found.needs)
+        refuse_senseless(found, network, self.optimizer, clip_norm)
+        found.agree(self._ranks)
+        adopt(self.optimizer, found.weighting, now.get("_stages"))
+        answers = {"losses": network.losses, "clip_norm": clip_norm, **stages}
+        now.update(answers, _answers=answers, level=found.level, tasks=network.tasks)
+        now.update(_stages=found, _network=network, _shared=network.shared)
+        network.needs = found.needs
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Another answer to one of the questions is checked as when the Step was built."""
         if name in self.__dict__.get("_answers", ()):
             self._take(**{**self._answers, name: value})
+        elif name in ("model", "optimizer", "shared") and "_answers" in self.__dict__:
+            raise EquipoiseError(f"a Step keeps its {name}; build a new Step, and load the state.")
         else:
             super().__setattr__(name, value)
 
@@ -295,5 +293,5 @@ class Step:
             "optimizer": self.optimizer,
             **held_outside(self.model, self.optimizer, self._stages.weighting.learnable),
             **self._stages.stateful,
-            **({"network": self._network} if self._network.has_state else {}),
+            "network": self._network,
         }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregation.base import Aggregator, GramAggregator
-from equipoise.errors import EquipoiseError
+from equipoise.errors import CombinationError, EquipoiseError
 from equipoise.weighting.base import Weighting
 
 
@@ -30,6 +30,14 @@ class _HasEntryWeights(Protocol):
 
 Coefficients = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """gram (T', T'), losses (T'), dtype of the rows -> coefficients (T')."""
+
+
+def _nothing(present: Tensor) -> None:
+    """Hear which tasks are present, and leave it at that."""
+
+
+def _unknown(n_tasks: int) -> None:
+    """No coefficients can be named beforehand."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,8 @@ class AggregatorStage:
     name: str
     coefficients: Coefficients | None = None
     entry_weights: Callable[[Tensor], Tensor] | None = None
-    begin: Callable[[Tensor], None] = lambda present: None
-    known: Callable[[int], Tensor | None] = lambda n_tasks: None
+    begin: Callable[[Tensor], None] = _nothing
+    known: Callable[[int], Tensor | None] = _unknown
     degree: float = 1
     interval: int = 1
 
@@ -68,30 +76,48 @@ def works_on_features(kind: Any) -> bool:
 
 
 def aggregator_stage(given: Callable[..., Tensor]) -> AggregatorStage:
-    """Adapt an aggregator: ours, a callable from rows, or one of TorchJD's."""
+    """Adapt an aggregator: ours, a callable from rows, or one of TorchJD's.
+
+    Raises:
+        CombinationError: something else.
+    """
+    refuse_other_kinds(given, "aggregator", "an Aggregator, or a callable from rows (T, P) to (P,)")
     name = type(given).__name__
     if isinstance(given, GramAggregator):
         return AggregatorStage(
-            given, name, _of_gram_aggregator(given), None, given.begin,
+            given, name, _OfGramAggregator(given), None, given.begin,
             given.known_coefficients, given.degree, given.interval,
         )  # fmt: skip
     of_gram = _gramian_weighting(given)
     if of_gram is not None:
-        return AggregatorStage(given, name, lambda gram, losses, dtype: of_gram(gram))
+        return AggregatorStage(given, name, _OfGram(of_gram))
     if isinstance(given, Aggregator):
         entry_weights = given.entry_weights if isinstance(given, _HasEntryWeights) else None
         return AggregatorStage(given, name, None, entry_weights, given.begin)
     if isinstance(given, _HasCoefficients):
-        return AggregatorStage(given, name, lambda gram, losses, dtype: given.coefficients(gram))
+        return AggregatorStage(given, name, _OfGram(given.coefficients))
     return AggregatorStage(given, name)
 
 
-def _of_gram_aggregator(given: GramAggregator) -> Coefficients:
-    def coefficients(gram: Tensor, losses: Tensor, dtype: torch.dtype) -> Tensor:
-        known = losses if given.needs_losses else None
-        return given.coefficients(gram, known, eps=torch.finfo(dtype).eps)
+@dataclass(frozen=True)
+class _OfGramAggregator:
+    """Coefficients of one of ours; no function inside a function, so that copies are their own."""
 
-    return coefficients
+    given: GramAggregator
+
+    def __call__(self, gram: Tensor, losses: Tensor, dtype: torch.dtype) -> Tensor:
+        known = losses if self.given.needs_losses else None
+        return self.given.coefficients(gram, known, eps=torch.finfo(dtype).eps)
+
+
+@dataclass(frozen=True)
+class _OfGram:
+    """Coefficients of what looks at the Gram matrix alone."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, gram: Tensor, losses: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.function(gram)
 
 
 def _gramian_weighting(given: Any) -> Callable[[Tensor], Tensor] | None:
@@ -140,7 +166,12 @@ class WeightingStage:
 
 
 def weighting_stage(given: Callable[..., Tensor]) -> WeightingStage:
-    """Adapt a weighting: one of ours, or a callable from losses to weighted losses."""
+    """Adapt a weighting: one of ours, or a callable from losses to weighted losses.
+
+    Raises:
+        CombinationError: something else.
+    """
+    refuse_other_kinds(given, "weighting", "a Weighting, or a callable from losses (T,) to (T,)")
     parameters = given.parameters() if isinstance(given, nn.Module) else ()
     return WeightingStage(
         given,
@@ -162,3 +193,12 @@ def checked(w: Tensor, n_tasks: int, name: str) -> Tensor:
             f"of the {n_tasks} tasks."
         )
     return w
+
+
+def refuse_other_kinds(given: Any, place: str, wanted: str) -> None:
+    """Raise CombinationError for what cannot stand in the place of a weighting or an aggregator."""
+    if isinstance(given, type):
+        raise CombinationError(f"{place} is the class {given.__name__}; give {given.__name__}().")
+    other = Aggregator if place == "weighting" else Weighting
+    if not callable(given) or isinstance(given, other):
+        raise CombinationError(f"{place} is a {type(given).__name__}; give {wanted}, or None.")

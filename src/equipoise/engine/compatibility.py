@@ -76,6 +76,10 @@ def refuse_senseless(
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise CombinationError(
+            f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer."
+        )
     held = set(held_by(optimizer))
     if not any(p in held for p in network.module.parameters()):
         raise ValueError("the optimizer holds none of the model's parameters.")

@@ -188,18 +188,20 @@ class Network(ABC):
     Attributes:
         tasks: the T task names.
         module: the network; parameters of losses are not in it.
+        losses: what the user gave: a loss for each task, or the names of the tasks.
+        shared: the parameters that the user said are shared; None: the user did not say.
         has_features: whether gradients of the features can be taken (`TrunkEvaluation`).
         shares_nothing: whether it is one network for each task, so that nothing is shared.
         needs: what the stages want of it.
-        has_state: whether it has a `state_dict`, of what it has learned about its structure.
     """
 
     tasks: tuple[str, ...]
     module: nn.Module
+    losses: Any
+    shared: list[Tensor] | None
     needs: Needs
     has_features: bool = False
     shares_nothing: bool = False
-    has_state: bool = False
 
     @abstractmethod
     def evaluate(self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool) -> Any:
@@ -215,6 +217,14 @@ class Network(ABC):
     @abstractmethod
     def unchanged_on_error(self) -> AbstractContextManager[None]:
         """If the body raises, what the network has learned about its structure is as before."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned about the network's structure; empty if nothing."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
 
     @abstractmethod
     def forget_gradients(self) -> None:

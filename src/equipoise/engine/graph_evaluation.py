@@ -32,8 +32,6 @@ class GraphNetwork(Network):
         needs: what the stages want of it.
     """
 
-    has_state = True
-
     def __init__(
         self,
         module: nn.Module,
@@ -42,7 +40,8 @@ class GraphNetwork(Network):
     ) -> None:
         self.module = module
         self.partition = partition
-        self.tasks = partition.tasks
+        self.tasks = self.losses = partition.tasks
+        self.shared = partition.given
         self.needs = needs
 
     def evaluate(

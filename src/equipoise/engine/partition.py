@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.ranks import Ranks
-from equipoise.errors import EquipoiseError, nearest
+from equipoise.errors import EquipoiseError, TaskError, nearest
 
 Shared = nn.Module | Iterable[Tensor] | Iterable[str] | str
 """How a user says what is shared: a module, parameters, or patterns of their names."""
@@ -24,6 +24,8 @@ class Partition:
         tasks: the T task names.
         optimizer: may hold parameters that are not in the network, as those of a loss.
         shared: what is shared; None: what two or more tasks have reached so far.
+        own: task name -> parameters that are known to be reached by it. If given, what two or more
+            tasks reach is shared besides `shared`.
 
     Raises:
         ValueError: `shared` names no parameter of the network (names the nearest), or the tasks are
@@ -36,6 +38,7 @@ class Partition:
         tasks: Iterable[str],
         optimizer: torch.optim.Optimizer,
         shared: Shared | None,
+        own: Mapping[str, Iterable[Tensor]] | None = None,
     ) -> None:
         self.tasks = _checked(tasks)
         self._module, self._optimizer = module, optimizer
@@ -43,7 +46,10 @@ class Partition:
         self._name()
         chosen = None if shared is None else _chosen(module, shared, self.names)
         self.given = None if chosen is None else list(chosen)
-        self._reached: dict[Tensor, int] = {}  # bit i: task i reaches it
+        self._common_too = own is not None or shared is None
+        # Bit i: task i reaches it.
+        known = {} if own is None else own
+        self._reached = {p: 1 << self.tasks.index(t) for t, some in known.items() for p in some}
         self._sort()
 
     # ------------------------------------------------------------------ what has been found
@@ -51,11 +57,9 @@ class Partition:
     def _sort(self) -> None:
         order = [p for p in self.names if p.requires_grad]
         reached = self._reached
-        if self.given is None:
-            self.shared = [p for p in order if reached.get(p, 0).bit_count() > 1]
-        else:
-            given = set(self.given)
-            self.shared = [p for p in order if p in given]
+        common = {p for p in order if self._common_too and reached.get(p, 0).bit_count() > 1}
+        chosen = common.union(self.given or ())
+        self.shared = [p for p in order if p in chosen]
         excluded = set(self.shared)
         own = [p for p in order if p in reached and p not in excluded]
         self._own = [[p for p in own if reached[p] >> i & 1] for i in range(len(self.tasks))]
@@ -109,6 +113,8 @@ class Partition:
                 self._name()
                 found = self._of_all(found, ranks)
         if changed:
+            if self.given is None:
+                _refuse_compiled(losses)
             self._reached = found
             self._sort()
 
@@ -217,6 +223,18 @@ def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:
                 if child is not None and child not in seen
             ]
     return order
+
+
+def _refuse_compiled(losses: Mapping[str, Tensor]) -> None:
+    """Raise EquipoiseError where a compiled part hides which loss reaches which parameter."""
+    for task, loss in losses.items():
+        nodes = below([loss.grad_fn] if loss.grad_fn is not None else [])
+        if any(node.name().startswith("CompiledFunction") for node in nodes):
+            raise TaskError(
+                task,
+                "its graph has a compiled part, which does not show what each task reaches in it. "
+                "Say what is shared by `shared=`.",
+            )
 
 
 def outside(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

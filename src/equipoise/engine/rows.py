@@ -61,6 +61,10 @@ class Rows:
         pieces = row[: sum(self._sizes)].split(self._sizes)
         return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles are empty buffers: the views of a pickled one would be no views."""
+        return Rows, (self.parameters, len(self.buffer), self.ranks)
+
     def fit(self, parameters: Sequence[Tensor]) -> bool:
         """Whether this buffer serves for these parameters, as they are now."""
         return (

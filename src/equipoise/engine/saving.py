@@ -45,6 +45,13 @@ def undone_on_error(
             yield before
     except TaskError as error:
         raise (error if before is None else error.named(before.names)) from None
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise EquipoiseError(
+            "a loss has a graph that was used before. Make the whole forward pass inside the "
+            "closure, or inside trunk and heads, and do not call backward there."
+        ) from error
 
 
 def held_outside(
@@ -98,6 +105,8 @@ def saved(
         model: says on which devices draws are made.
     """
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    if not state["network"]:
+        del state["network"]  # as in files that know nothing of a network's structure
     state["random"] = RandomState(devices_of(model)).state_dict()
     state["stages"] = dict(stages)
     return deepcopy(state)
@@ -128,7 +137,8 @@ def load(
 
 def _load(state: Mapping[str, Any], parts: Mapping[str, Stateful], model: nn.Module) -> None:
     for name, part in parts.items():
-        part.load_state_dict(deepcopy(state[name]))
+        theirs = state.get(name, {}) if name == "network" else state[name]
+        part.load_state_dict(deepcopy(theirs))
     random = RandomState(devices_of(model))
     random.load_state_dict(state["random"])
     random.restore()

@@ -228,9 +228,9 @@ class SecondLook:
         """Row k from a loss at the perturbed point; and the gradients of some other parameters."""
         gradients: Gradients = [None] * len(also)
         with self.rows.renewed(k, self.sharpness.decompose):
-            if value is not None:
+            inputs = [*self.rows.parameters, *also]
+            if value is not None and inputs:
                 seed = self.evaluation.seed(k, value, self.multiplied[k])
-                inputs = [*self.rows.parameters, *also]
                 torch.autograd.backward(value, seed, retain_graph=retain_graph, inputs=inputs)
                 gradients = [p.grad for p in also]
         for i, parameter in enumerate(also):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from equipoise.engine.compatibility import shared_trunk
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
-from equipoise.engine.partition import Partition
+from equipoise.engine.partition import Partition, Shared
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Targets
@@ -36,10 +37,11 @@ class TrunkNetwork(Network):
         needs: what the stages want of it.
 
     Attributes:
-        checked: the tasks whose losses are known to reach nothing else.
+        checked: the tasks whose losses are known to reach nothing else, each with its loss.
     """
 
     has_features = True
+    shared = None
 
     def __init__(
         self, model: SharedTrunk, losses: Losses, optimizer: torch.optim.Optimizer, needs: Needs
@@ -50,7 +52,7 @@ class TrunkNetwork(Network):
         self.needs = needs
         self.tasks = model.tasks
         self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
-        self.checked: set[str] = set()
+        self.checked: dict[str, Callable[..., Tensor]] = {}
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -71,7 +73,7 @@ class TrunkNetwork(Network):
         presence = Targets(self.tasks, targets, masks, ranks, left_out)
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
-        if self.checked.issuperset(presence.names):
+        if all(self.checked.get(task) is self.losses[task] for task in presence.names):
             return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
 
@@ -80,6 +82,17 @@ class TrunkNetwork(Network):
         self.model.zero_grad()
         if self._graph is not None:
             self._graph.forget_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the tasks have reached, if the whole graph is differentiated; else nothing."""
+        return {} if self._graph is None else self._graph.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        self.checked, self._graph = {}, None
+        if state:
+            self._graph = self._whole_graph()
+            self._graph.load_state_dict(state)
 
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
@@ -118,11 +131,15 @@ class TrunkNetwork(Network):
                 f"{names.get(parameter, 'a parameter of its own')} without passing through the "
                 "features. Work at the parameters: level='parameters', or Backtracking."
             )
-        common = [p for p, tasks in beyond.items() if len(tasks) > 1]
-        shared = dict.fromkeys((*self.model.trunk.parameters(), *common))
-        partition = Partition(self.model, self.tasks, self.optimizer, list(shared))
-        self._graph = GraphNetwork(self.model, partition, self.needs)
+        self._graph = self._whole_graph()
         return self._evaluate_graph(self._graph, look.inputs, look.targets, look.ranks, again)
+
+    def _whole_graph(self) -> GraphNetwork:
+        """Shared are the trunk and what two or more tasks reach; a head is its task's own."""
+        shared = list(self.model.trunk.parameters())
+        heads = {task: self.model.head_parameters(task) for task in self.tasks}
+        partition = Partition(self.model, self.tasks, self.optimizer, shared or None, heads)
+        return GraphNetwork(self.model, partition, self.needs)
 
     def _evaluate_graph(
         self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
@@ -156,8 +173,22 @@ class _CheckedEvaluation(TrunkEvaluation):
             return self
         beyond = self.network.beyond(self)
         if not beyond:
-            self.network.checked = self.network.checked.union(self.presence.names)
+            found = {task: self.network.losses[task] for task in self.presence.names}
+            self.network.checked = self.network.checked | found
             return self
         put_back(buffers)
         random.restore()
         return self.network.by_graph(self, beyond, self.again).look(apart)
+
+
+def network_of(
+    model: nn.Module,
+    losses: Mapping[str, Callable[..., Tensor]] | Iterable[str],
+    optimizer: torch.optim.Optimizer,
+    shared: Shared | None,
+    needs: Needs,
+) -> Network:
+    """How a step sees what it trains: as a SharedTrunk, or through a closure."""
+    if isinstance(losses, Mapping):
+        return TrunkNetwork(shared_trunk(model, losses, shared), dict(losses), optimizer, needs)
+    return GraphNetwork(model, Partition(model, losses, optimizer, shared), needs)

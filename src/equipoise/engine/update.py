@@ -13,6 +13,7 @@ from torch import Tensor
 from equipoise.engine.adapters import WeightingStage
 from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.gradients import Gradients, by_parameter, give
+from equipoise.engine.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Update:
             moved = dict.fromkeys((*self.look.shared, *itertools.chain(*self.look.own)))
             torch.nn.utils.clip_grad_norm_(moved, self.clip_norm)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # it holds half-precision copies of the old parameters
 
     def learn(self, learned: Gradients) -> None:
         """Let the optimizer step the weighting's parameters alone."""
@@ -51,14 +53,27 @@ class Update:
         self.step(nothing, [[None] * len(own) for own in self.look.own], learned)
 
 
-def adopt(optimizer: torch.optim.Optimizer, weighting: WeightingStage) -> None:
-    """Bring the weighting's parameters to the optimizer, in a group of their own."""
+def adopt(
+    optimizer: torch.optim.Optimizer, weighting: WeightingStage, before: Stages | None
+) -> None:
+    """Bring the weighting's parameters to the optimizer, in a group of their own.
+
+    Args:
+        optimizer: where they go.
+        weighting: whose they are.
+        before: the stages whose weighting it replaces; the parameters of that one go.
+    """
     held = set(held_by(optimizer))
     new = [p for p in weighting.learnable if p not in held]
+    gone = set() if before is None else set(before.weighting.learnable) - set(weighting.learnable)
+    for group in [g for g in optimizer.param_groups if gone.issuperset(g["params"])]:
+        optimizer.param_groups.remove(group)
+        for p in group["params"]:
+            optimizer.state.pop(p, None)
     if new:
-        group: dict[str, Any] = {"params": new, "weight_decay": 0.0}
+        own: dict[str, Any] = {"params": new, "weight_decay": 0.0}
         lr = None if weighting.method is None else weighting.method.lr
-        optimizer.add_param_group(group if lr is None else {**group, "lr": lr})
+        optimizer.add_param_group(own if lr is None else {**own, "lr": lr})
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
