@@ -55,20 +55,45 @@ def test_blocks_are_found() -> None:
     assert "docs/concepts.md" in named
 
 
-@pytest.mark.parametrize("path", RUNNABLE, ids=label)
-def test_what_a_page_shows_runs(path: Path, tmp_path: Path) -> None:
-    """The blocks of one page, one after the other, as a reader would type them."""
-    program = tmp_path / "page.py"
-    program.write_text("\n".join(python_of(path.read_text(encoding="utf-8"))), encoding="utf-8")
+RUN_ALL = """
+import json, runpy, sys, traceback
+errors = {}
+for page in sys.argv[1:]:
+    try:
+        runpy.run_path(page, run_name="__main__")
+    except BaseException:
+        errors[page] = traceback.format_exc()
+print()
+print(json.dumps(errors))
+"""
+
+
+@pytest.fixture(scope="module")
+def page_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The pages that do not run, with their tracebacks; one process imports torch once for all."""
+    folder = tmp_path_factory.mktemp("pages")
+    programs = {}
+    for path in RUNNABLE:
+        program = folder / (label(path).replace("/", "-") + ".py")
+        program.write_text("\n".join(python_of(path.read_text("utf-8"))), encoding="utf-8")
+        programs[str(program)] = label(path)
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", str(program)],
-        cwd=tmp_path,
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", RUN_ALL, *programs],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    return {programs[program]: error for program, error in errors.items()}
+
+
+@pytest.mark.parametrize("page", [label(path) for path in RUNNABLE])
+def test_what_a_page_shows_runs(page: str, page_errors: dict[str, str]) -> None:
+    """The blocks of one page, one after the other, as a reader would type them."""
+    assert page_errors.get(page, "") == ""
 
 
 @pytest.mark.parametrize("path", [ROOT / "docs/start.md"], ids=label)

@@ -141,11 +141,11 @@ def test_training_steps(recipe: str, dtype: torch.dtype, tasks: Sequence[str]) -
 def test_losses_fall(recipe: str) -> None:
     step = build(recipe)
     batch = class_batch(n=16)
-    report = step(*batch)
-    first = report.losses.sum()
+    first = step(*batch).losses.sum()
     for _ in range(30):
-        report = step(*batch)
-    assert report.losses.sum() < 0.8 * first
+        if step(*batch).losses.sum() < 0.8 * first:
+            return
+    pytest.fail("30 steps on one batch took less than a fifth off its losses")
 
 
 @every_recipe
