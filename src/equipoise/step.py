@@ -180,7 +180,7 @@ class Step:
                     second = SecondLook(look, rows, raw, factors, stages.perturbation, keep)
                     direction, moved, result.flat = second.along(direction, stages.flat)
                 shared = rows.per_parameter(direction)
-                own = (scaled if stages.looks_again else scale)(moved, factors)
+                own = (scale if self.line_search is None else scaled)(moved, factors)
             heads = own if stages.heads == "own" else scaled(own, result.coefficients)
 
             norm = finite_norm(shared)
