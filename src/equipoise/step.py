@@ -15,7 +15,7 @@ from equipoise.engine.compatibility import refuse_senseless
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.factors import factors_of
-from equipoise.engine.gradients import scale, scaled
+from equipoise.engine.gradients import scaled
 from equipoise.engine.latent_search_pass import LatentSearch
 from equipoise.engine.partition import Shared
 from equipoise.engine.ranks import Ranks
@@ -169,7 +169,7 @@ class Step:
                 shared, own = look.backward(known, factors)
             elif stages.level == "features":
                 result, shared, raw = combine_features(look, stages, factors)
-                own = scale(raw, factors)
+                own = scaled(raw, factors)
             else:
                 rows = self._buffer(look)
                 raw = moved = look.fill(rows)
@@ -180,7 +180,7 @@ class Step:
                     second = SecondLook(look, rows, raw, factors, stages.perturbation, keep)
                     direction, moved, result.flat = second.along(direction, stages.flat)
                 shared = rows.per_parameter(direction)
-                own = (scale if self.line_search is None else scaled)(moved, factors)
+                own = scaled(moved, factors)
             heads = own if stages.heads == "own" else scaled(own, result.coefficients)
 
             norm = finite_norm(shared)

@@ -180,3 +180,42 @@ def test_the_functional_form_without_a_way_to_the_shared_part() -> None:
     losses = list(head(z).square().mean(0))
     with pytest.raises(eq.EquipoiseError, match="features holds no tensor that requires"):
         eq.backward(losses, trunk.parameters(), eq.MGDA(), z.detach())
+
+
+class Twice(nn.Module):
+    """A head with two parameters that autograd gives one gradient, and one with an expanded one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (
+            nn.Parameter(torch.zeros(6, 1, dtype=torch.float64)) for _ in range(3)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z @ (self.first + self.second) + self.third.sum()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+@pytest.mark.parametrize("recipe", ["ew", "mgda", "si+cagrad", "mgda-ub", "si+f-mgda"])
+def test_gradients_that_autograd_gives_twice(recipe: str, clip_norm: float | None) -> None:
+    model = linear_model(TASKS)
+    for task in TASKS:
+        model.heads[task] = Twice()
+    step = eq.Recipe.parse(recipe).build(
+        model, all_tasks(model, F.mse_loss), 0.1, 2, optimizer=torch.optim.SGD
+    )
+    step.clip_norm = clip_norm
+    report = step(*regression_batch())
+    gradients = [p.grad for p in model.parameters()]
+    norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+    assert clip_norm is None or norm == pytest.approx(clip_norm, rel=1e-6)
+    for task, factor in zip(TASKS, report.factors.tolist(), strict=True):
+        head = model.heads[task]
+        assert torch.equal(head.first.grad, head.second.grad)
+        if clip_norm is None and "f-" not in recipe:
+            plain = linear_model(TASKS)
+            plain.heads[task] = Twice()
+            inputs, targets = regression_batch()
+            F.mse_loss(plain.heads[task](plain.trunk(inputs)), targets[task]).backward()
+            expected = factor * plain.heads[task].first.grad
+            assert torch.allclose(head.first.grad, expected, rtol=1e-10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,38 +14,23 @@ Gradients = list[Tensor | None]
 def scaled(own: Sequence[Gradients], factors: Tensor | None) -> Sequence[Gradients]:
     """The gradients of each task, new ones, times that task's factor.
 
+    Never in place: what autograd gives for two parameters may be one tensor, or an expanded one.
+
     Args:
         own: T' lists of gradients, which stay as they are.
         factors: (T',) on the CPU; None: ones.
     """
-    known, numbers = _with_factors(own, factors)
-    if not known:
-        return own
-    found = iter(torch._foreach_mul(known, numbers))
-    return [[None if g is None else next(found) for g in of_one] for of_one in own]
-
-
-def scale(own: Sequence[Gradients], factors: Tensor) -> Sequence[Gradients]:
-    """`scaled`, with the gradients overwritten: for those that nobody looks at again."""
-    known, numbers = _with_factors(own, factors)
-    if known:
-        torch._foreach_mul_(known, numbers)
-    return own
-
-
-def _with_factors(
-    own: Sequence[Gradients], factors: Tensor | None
-) -> tuple[list[Tensor], list[float]]:
-    """All gradients, each with its task's factor; nothing if all factors are 1."""
     known: list[Tensor] = []
     numbers: list[float] = []
     by_task = [] if factors is None else factors.tolist()
-    if any(factor != 1.0 for factor in by_task):
-        for of_one, factor in zip(own, by_task, strict=True):
-            there = [g for g in of_one if g is not None]
-            known += there
-            numbers += [factor] * len(there)
-    return known, numbers
+    if all(factor == 1.0 for factor in by_task):
+        return own
+    for of_one, factor in zip(own, by_task, strict=True):
+        there = [g for g in of_one if g is not None]
+        known += there
+        numbers += [factor] * len(there)
+    found = iter(torch._foreach_mul(known, numbers) if known else ())
+    return [[None if g is None else next(found) for g in of_one] for of_one in own]
 
 
 def by_parameter(
@@ -64,3 +49,17 @@ def give(parameters: Sequence[Tensor], gradients: Gradients) -> None:
     """Put gradients where an optimizer looks; None where no task reaches the parameter."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
+
+
+def part(parameters: Iterable[Tensor]) -> None:
+    """Give each parameter a gradient of its own, so that it can be changed in place.
+
+    Autograd may have given the same tensor for two of them, or an expanded one.
+    """
+    seen: set[int] = set()
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            if gradient.data_ptr() in seen or not gradient.is_contiguous():
+                parameter.grad = gradient = gradient.clone()
+            seen.add(gradient.data_ptr())
