@@ -88,6 +88,7 @@ def test_another_loss_is_looked_at_as_the_first_was() -> None:
     assert float(model.trunk[0].weight.detach().norm()) < 0.5 * before
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # on Python 3.13.0
 def test_a_compiled_part_hides_what_is_shared() -> None:
     model = linear_model(TASKS)
     compiled = torch.compile(model, backend="aot_eager")
