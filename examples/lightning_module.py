@@ -1,7 +1,9 @@
-"""The same step inside PyTorch Lightning, with manual optimisation.
+"""PyTorch Lightning with manual optimisation: the loop stays Lightning's.
 
 Run: python examples/lightning_module.py
 """
+
+import tempfile
 
 import pytorch_lightning as pl
 import torch
@@ -13,55 +15,59 @@ import equipoise as eq
 
 
 class TwoTasks(pl.LightningModule):
-    """Lightning owns the loop, Equipoise the step."""
+    """Lightning counts the steps, saves and logs; Equipoise makes the gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps_per_epoch: int) -> None:
         super().__init__()
         self.automatic_optimization = False
         trunk = nn.Sequential(nn.Linear(8, 32), nn.Tanh())
         self.model = eq.SharedTrunk(trunk, {"price": nn.Linear(32, 1), "colour": nn.Linear(32, 3)})
-        self.losses = {"price": F.mse_loss, "colour": F.cross_entropy}
+        losses = {"price": F.mse_loss, "colour": F.cross_entropy}
+        self.step = eq.Step(self.model, losses, None, eq.IGBv1(steps_per_epoch), eq.CAGrad())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.model.parameters(), lr=0.01)
-
-    def on_fit_start(self) -> None:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        self.step = eq.Step(self.model, self.losses, optimizer, eq.SI(), eq.MGDA())
-        if resumed := getattr(self, "resumed", None):
-            self.step.load_state_dict(resumed)
+    def configure_optimizers(self) -> tuple[list, list]:
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=32)]
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
         x, price, colour = batch
-        report = self.step(x, {"price": price, "colour": colour})
-        for task, loss in zip(report.tasks, report.losses, strict=True):
-            self.log(f"loss/{task}", loss.float(), prog_bar=True)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        report = self.step.backward(x, {"price": price, "colour": colour})
+        optimizer.step()  # through Lightning's wrapper: max_steps and checkpoints count it
+        self.lr_schedulers().step()
+        self.log_dict(report.scalars())
 
     # Weightings and aggregators have a state of their own; it travels in Lightning's checkpoint.
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["equipoise"] = self.step.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.resumed = checkpoint["equipoise"]
+        self.step.load_state_dict(checkpoint["equipoise"])
+
+
+def loader() -> DataLoader:
+    torch.manual_seed(0)
+    x = torch.randn(512, 8)
+    price, colour = x @ torch.randn(8, 1), (x @ torch.randn(8, 3)).argmax(1)
+    return DataLoader(TensorDataset(x, price, colour), batch_size=64, shuffle=True)
+
+
+def fit(folder: str, checkpoint: str | None = None, **settings: object) -> pl.Trainer:
+    torch.manual_seed(1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    keep_all = pl.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[keep_all], **quiet, **settings)
+    batches = loader()
+    trainer.fit(TwoTasks(len(batches)), batches, ckpt_path=checkpoint)
+    return trainer
 
 
 def main() -> None:
-    pl.seed_everything(0, verbose=False)
-    x = torch.randn(512, 8)
-    price, colour = x @ torch.randn(8, 1), (x @ torch.randn(8, 3)).argmax(1)
-    loader = DataLoader(TensorDataset(x, price, colour), batch_size=64, shuffle=True)
-
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(TwoTasks(), loader)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = fit(folder, max_epochs=2)
     losses = {name: round(value.item(), 3) for name, value in trainer.callback_metrics.items()}
-    print(f"after {trainer.current_epoch} epochs: {losses}")
+    print(f"after {trainer.global_step} steps: {losses}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Your own model and loop: nothing but `loss.backward()` changes.
+"""Your own model and loop, with an answer to each of the four questions of a step.
 
 Run: python examples/own_loop.py
 """
+
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,9 +21,12 @@ class Net(nn.Module):
         self.price = nn.Linear(32, 1)
         self.colour = nn.Linear(32, 3)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, price: torch.Tensor, colour: torch.Tensor) -> dict:
         features = self.backbone(x)
-        return self.price(features).squeeze(1), self.colour(features)
+        return {
+            "price": F.mse_loss(self.price(features).squeeze(1), price),
+            "colour": F.cross_entropy(self.colour(features), colour),
+        }
 
 
 def main() -> None:
@@ -31,22 +36,16 @@ def main() -> None:
     colour = (x @ torch.randn(8, 3)).argmax(1)
 
     net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    aggregator = eq.CAGrad(c=0.4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    stages = eq.IGBv1(steps_per_epoch=8), eq.CAGrad(), eq.TaskSharpness(0.05), eq.Backtracking()
+    step = eq.Step(net, ["price", "colour"], optimizer, *stages)
 
     for epoch in range(5):
         for batch in torch.randperm(len(x)).split(64):
-            price_out, colour_out = net(x[batch])
-            losses = [
-                F.mse_loss(price_out, price[batch]),
-                F.cross_entropy(colour_out, colour[batch]),
-            ]
-            optimizer.zero_grad()
-            # Instead of sum(losses).backward(): the shared parameters receive the aggregated
-            # direction, each head the gradient of its own loss.
-            eq.backward(losses, shared=net.backbone.parameters(), aggregator=aggregator)
-            optimizer.step()
-        print(f"epoch {epoch}: price {losses[0].item():.3f}, colour {losses[1].item():.3f}")
+            # TaskSharpness and Backtracking look at a batch several times: they call this again.
+            report = step(partial(net, x[batch], price[batch], colour[batch]))
+        losses = report.losses.tolist()
+        print(f"epoch {epoch}: price {losses[0]:.3f}, colour {losses[1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""A timm backbone with dense heads: classes and depth of each pixel, with holes in the depth.
+
+Run: python examples/timm_backbone.py
+"""
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import equipoise as eq
+
+
+class Dense(nn.Module):
+    """Reads two stages of the backbone and writes a map of the input's size."""
+
+    def __init__(self, channels: list[int], out: int) -> None:
+        super().__init__()
+        self.near, self.far = (nn.Conv2d(c, 16, 1) for c in channels)
+        self.out = nn.Conv2d(16, out, 1)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        near, far = self.near(features[0]), self.far(features[1])
+        far = F.interpolate(far, near.shape[-2:], mode="bilinear")
+        return F.interpolate(self.out(torch.relu(near + far)), scale_factor=8, mode="bilinear")
+
+
+def depth_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    known = target > 0
+    return (output - target)[known].abs().mean()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    images = F.interpolate(torch.rand(64, 3, 4, 4), scale_factor=8)
+    classes = images.argmax(1)
+    depth = images.mean(1, keepdim=True) * (torch.rand(64, 1, 32, 32) > 0.2)  # 0: not measured
+
+    backbone = timm.create_model("resnet10t", features_only=True, out_indices=(2, 3))
+    channels = backbone.feature_info.channels()
+    model = eq.SharedTrunk(backbone, {"classes": Dense(channels, 3), "depth": Dense(channels, 1)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = {"classes": F.cross_entropy, "depth": depth_loss}
+    step = eq.Step(model, losses, optimizer, eq.IGBv1(steps_per_epoch=4), eq.MGDA())
+
+    for epoch in range(3):
+        for batch in torch.randperm(len(images)).split(16):
+            report = step(images[batch], {"classes": classes[batch], "depth": depth[batch]})
+        found = report.losses.tolist()
+        print(f"epoch {epoch}: classes {found[0]:.3f}, depth {found[1]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
