@@ -50,7 +50,7 @@ def sentences() -> list[dict[str, torch.Tensor]]:
 def train(folder: str, checkpoint: str | None = None, **settings: object) -> Trainer:
     torch.manual_seed(1)
     model = TwoTasks()
-    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 4}
+    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_steps": 4}
     batches = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     usual = {"lr_scheduler_type": "cosine", "learning_rate": 1e-2, "max_grad_norm": 1.0}
     arguments = TrainingArguments(folder, **quiet, **batches, **usual, **settings)
@@ -64,7 +64,8 @@ def train(folder: str, checkpoint: str | None = None, **settings: object) -> Tra
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = train(folder, num_train_epochs=2, bf16=True)
-    print(f"after {trainer.state.global_step} steps: {trainer.state.log_history[-1]}")
+    loss = trainer.state.log_history[-1]["train_loss"]
+    print(f"after {trainer.state.global_step} steps: loss {loss:.3f}")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def train(folder: str, epochs: int = 2, checkpoint: str | None = None) -> nn.Mod
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         net = train(folder)
-    losses = {task: round(loss.item(), 3) for task, loss in net(*data().tensors).items()}
-    print(f"after training: {losses}")
+    price, colour = net(*data().tensors).values()
+    print(f"after training: price {price:.3f}, colour {colour:.3f}")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def fit(folder: str, checkpoint: str | None = None, **settings: object) -> pl.Tr
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = fit(folder, max_epochs=2)
-    losses = {name: round(value.item(), 3) for name, value in trainer.callback_metrics.items()}
-    print(f"after {trainer.global_step} steps: {losses}")
+    price, colour = (trainer.callback_metrics[f"loss/{task}"] for task in ("price", "colour"))
+    print(f"after {trainer.global_step} steps: price {price:.3f}, colour {colour:.3f}")
 
 
 if __name__ == "__main__":
