@@ -33,6 +33,21 @@ def scaled(own: Sequence[Gradients], factors: Tensor | None) -> Sequence[Gradien
     return [[None if g is None else next(found) for g in of_one] for of_one in own]
 
 
+def divided(gradients: Gradients, scale: float) -> Gradients:
+    """The gradients, new ones, without a scale; the same ones if it is 1."""
+    there = [g for g in gradients if g is not None]
+    if scale == 1.0 or not there:
+        return gradients
+    found = iter(torch._foreach_mul(there, 1 / scale))
+    return [None if g is None else next(found) for g in gradients]
+
+
+def summed(a: Gradients, b: Gradients) -> Gradients:
+    """The sum of two lists; None only where both have none. May give a tensor of theirs."""
+    pairs = zip(a, b, strict=True)
+    return [y if x is None else x if y is None else x + y for x, y in pairs]
+
+
 def by_parameter(
     parameters: Sequence[Sequence[Tensor]], gradients: Sequence[Gradients]
 ) -> tuple[list[Tensor], Gradients]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from equipoise.engine.gradients import Gradients
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
 from equipoise.linalg import combine_rows, gram_matrix, inner_products
+
+
+class TakesRows(Protocol):
+    """What an evaluation can fill."""
+
+    def clear(self) -> None:
+        """Forget what was filled."""
+
+    def add(self, gradients: Sequence[Tensor | None], /) -> None:
+        """Take the next row."""
 
 
 class Rows:
@@ -97,6 +108,34 @@ class Rows:
         self._filled += 1
         self._version = self.buffer._version
 
+    # ------------------------------------------------------------------ sums of several batches
+
+    def begin_sums(self) -> None:
+        """From now on each row of the T is a sum, so far of nothing."""
+        self.clear()
+        self.buffer.zero_()
+
+    def add_to(self, k: int, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Add gradients, times a factor, to row k of all T; None counts as zeros."""
+        if self._whole is not None:
+            self._whole.zero_()
+        for i, view in enumerate(self._views[k]):
+            gradient = gradients[i]
+            if gradient is not None:
+                view.add_(gradient, alpha=factor)
+                self._reached[i] = True
+        if self._whole is not None:
+            self.buffer[k].add_(self._scattered())
+
+    def end_sums(self, which: Sequence[int], totals: Sequence[float]) -> None:
+        """Let the rows be those of the sums at positions `which`, divided by these totals."""
+        for k, (i, total) in enumerate(zip(which, totals, strict=True)):
+            torch.div(self.buffer[i], total, out=self.buffer[k])
+        self._filled = len(which)
+        self._version = self.buffer._version
+
+    # ------------------------------------------------------------------ what is asked of them
+
     def refuse_changes(self) -> None:
         """Refuse to go on with rows that somebody has written into since they were filled.
 
@@ -129,19 +168,22 @@ class Rows:
             self.buffer[k].zero_()
             self._gram = None
 
+    def renew(self, k: int, minus_old: bool) -> None:
+        """Row k becomes what `receiving` brings from now on; less the old row, if so."""
+        row, self._gram = self.buffer[k], None
+        _ = row.neg_() if minus_old else row.zero_()
+
     @contextmanager
-    def renewed(self, k: int, minus_old: bool) -> Generator[None]:
-        """Row k becomes the gradient that `backward` brings in the body; less the old row, if so.
+    def receiving(self, k: int, scale: float = 1.0) -> Generator[None]:
+        """Row k grows by the gradient that `backward` brings in the body, divided by `scale`.
 
         The gradients go from the graph to the row one parameter after the other: no second list
         of them is ever held.
         """
-        row, self._gram = self.buffer[k], None
-        _ = row.neg_() if minus_old else row.zero_()
         if self._whole is not None:
             self._whole.zero_()
         hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_move, view))
+            parameter.register_post_accumulate_grad_hook(partial(_move, view, 1 / scale))
             for parameter, view in zip(self.parameters, self._views[k], strict=True)
         ]
         try:
@@ -150,9 +192,14 @@ class Rows:
             for hook in hooks:
                 hook.remove()
         if self._whole is not None:
-            piece = torch.empty_like(row)
-            self.ranks.scatter_sum(self._whole, piece)
-            row.add_(piece)
+            self.buffer[k].add_(self._scattered())
+
+    def _scattered(self) -> Tensor:
+        """This process's slice of the sum over all processes of the row that each has filled."""
+        assert self._whole is not None
+        piece = torch.empty_like(self.buffer[0])
+        self.ranks.scatter_sum(self._whole, piece)
+        return piece
 
     @property
     def filled(self) -> Tensor:
@@ -223,10 +270,10 @@ class Rows:
         ]
 
 
-def _move(view: Tensor, parameter: Tensor) -> None:
+def _move(view: Tensor, factor: float, parameter: Tensor) -> None:
     """Take a gradient that has just come in over to where it belongs."""
     if parameter.grad is not None:
-        view += parameter.grad
+        view.add_(parameter.grad, alpha=factor)
         parameter.grad = None
 
 

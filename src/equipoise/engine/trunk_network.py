@@ -44,7 +44,11 @@ class TrunkNetwork(Network):
     shared = None
 
     def __init__(
-        self, model: SharedTrunk, losses: Losses, optimizer: torch.optim.Optimizer, needs: Needs
+        self,
+        model: SharedTrunk,
+        losses: Losses,
+        optimizer: torch.optim.Optimizer | None,
+        needs: Needs,
     ) -> None:
         self.module = self.model = model
         self.losses = losses
@@ -77,11 +81,9 @@ class TrunkNetwork(Network):
             return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
 
-    def forget_gradients(self) -> None:
-        """Free the gradients of trunk and heads, and of what else was found."""
-        self.model.zero_grad()
-        if self._graph is not None:
-            self._graph.forget_gradients()
+    def parameters(self) -> Iterable[Tensor]:
+        """Those of trunk and heads, and what else was found."""
+        return self.model.parameters() if self._graph is None else self._graph.parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """What the tasks have reached, if the whole graph is differentiated; else nothing."""
@@ -178,13 +180,15 @@ class _CheckedEvaluation(TrunkEvaluation):
             return self
         put_back(buffers)
         random.restore()
-        return self.network.by_graph(self, beyond, self.again).look(apart)
+        graph = self.network.by_graph(self, beyond, self.again)
+        graph.be_part_of(self.presence)
+        return graph.look(apart)
 
 
 def network_of(
     model: nn.Module,
     losses: Mapping[str, Callable[..., Tensor]] | Iterable[str],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     shared: Shared | None,
     needs: Needs,
 ) -> Network:
