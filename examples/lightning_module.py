@@ -17,13 +17,13 @@ import equipoise as eq
 class TwoTasks(pl.LightningModule):
     """Lightning counts the steps, saves and logs; Equipoise makes the gradients."""
 
-    def __init__(self, steps_per_epoch: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
         trunk = nn.Sequential(nn.Linear(8, 32), nn.Tanh())
         self.model = eq.SharedTrunk(trunk, {"price": nn.Linear(32, 1), "colour": nn.Linear(32, 3)})
         losses = {"price": F.mse_loss, "colour": F.cross_entropy}
-        self.step = eq.Step(self.model, losses, None, eq.IGBv1(steps_per_epoch), eq.CAGrad())
+        self.step = eq.Step(self.model, losses, None, eq.IGBv1(steps_per_epoch=8), eq.CAGrad())
 
     def configure_optimizers(self) -> tuple[list, list]:
         optimizer = torch.optim.Adam(self.parameters(), lr=0.01)
@@ -58,8 +58,7 @@ def fit(folder: str, checkpoint: str | None = None, **settings: object) -> pl.Tr
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     keep_all = pl.callbacks.ModelCheckpoint(folder, "{step}", save_top_k=-1)
     trainer = pl.Trainer(accelerator="cpu", callbacks=[keep_all], **quiet, **settings)
-    batches = loader()
-    trainer.fit(TwoTasks(len(batches)), batches, ckpt_path=checkpoint)
+    trainer.fit(TwoTasks(), loader(), ckpt_path=checkpoint)
     return trainer
 
 

@@ -37,7 +37,8 @@ def main() -> None:
             scaler.scale(sum(losses)).backward()
             scaler.step(optimizer)
             scaler.update()
-        print(f"epoch {epoch}: price {losses[0]:.3f}, colour {losses[1]:.3f}", end=", ")
+        now = [loss.item() for loss in net(x, price, colour).values()]
+        print(f"epoch {epoch}: price {now[0]:.3f}, colour {now[1]:.3f}", end=", ")
         print(f"scale {scaler.get_scale():.0f}")
 
 
