@@ -11,7 +11,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,17 +40,6 @@ LEARNED = {
 
 # Warnings of the frameworks are theirs; ours stay errors.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:::equipoise")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_of_accelerate() -> Iterator[None]:
-    """Accelerate keeps the precision of the first trainer for all that follow."""
-    yield
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 @pytest.fixture
