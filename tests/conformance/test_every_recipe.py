@@ -5,6 +5,7 @@ A method enters these tests by being registered in `equipoise.registry`.
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,6 @@ RECIPES = [*TOKENS, *COMBINED]
 FIVE = ("v", "w", "x", "y", "z")
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
-both_dtypes = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64], ids=["float32", "float64"]
-)
 
 
 def build(
@@ -115,9 +113,12 @@ def check_report(report: eq.StepReport, tasks: Sequence[str], step: eq.Step) -> 
 
 
 @every_recipe
-@both_dtypes
-@pytest.mark.parametrize("tasks", [("only",), TWO, FIVE], ids=["T=1", "T=2", "T=5"])
-def test_training_steps(recipe: str, dtype: torch.dtype, tasks: Sequence[str]) -> None:
+@pytest.mark.parametrize(
+    ("tasks", "dtype"),
+    [(("only",), torch.float32), (TWO, torch.float64), (FIVE, torch.float32)],
+    ids=["T=1", "T=2 in float64", "T=5"],
+)
+def test_training_steps(recipe: str, tasks: Sequence[str], dtype: torch.dtype) -> None:
     step = build(recipe, tasks, dtype)
     model = step.model
     before = parameters_of(model)
@@ -149,9 +150,10 @@ def test_losses_fall(recipe: str) -> None:
 
 
 @every_recipe
-@both_dtypes
-@pytest.mark.parametrize("steps", [1, 5])
-def test_continues_bit_for_bit_in_a_fresh_step(recipe: str, dtype: torch.dtype, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "dtype"), [(1, torch.float64), (5, torch.float32)], ids=["1 in float64", "5"]
+)
+def test_continues_bit_for_bit_in_a_fresh_step(recipe: str, steps: int, dtype: torch.dtype) -> None:
     step = build(recipe, TWO, dtype)
     for k in range(steps):
         step(*class_batch(seed=k, dtype=dtype))
@@ -177,12 +179,16 @@ def test_the_seed_decides_all_draws(recipe: str) -> None:
 
 
 @every_recipe
-@pytest.mark.parametrize("absent", [("v",), ("w", "z"), ("v", "w", "x", "y")])
-def test_absent_tasks(recipe: str, absent: Sequence[str]) -> None:
+def test_absent_tasks(recipe: str) -> None:
     step = build(recipe, FIVE)
     for k in range(5):
         step(*class_batch(FIVE, seed=k))
-    inputs, targets = class_batch(FIVE, seed=9)
+    for k, absent in enumerate([("v",), ("w", "z"), ("v", "w", "x", "y")]):
+        check_absent(step, absent, *class_batch(FIVE, seed=9 + k))
+
+
+def check_absent(step: eq.Step, absent: Sequence[str], inputs: Any, targets: Any) -> None:
+    """Check a batch without labels of some tasks, and the next one, which has all again."""
     heads = {task: parameters_of(step.model.heads[task]) for task in FIVE}
     report = step(inputs, {task: v for task, v in targets.items() if task not in absent})
     for i, task in enumerate(FIVE):

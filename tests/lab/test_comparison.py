@@ -102,9 +102,10 @@ def test_runs_in_processes_end_as_in_this_one_and_survive_a_killed_worker(tmp_pa
                 processes[run].kill()
 
     monkeypatch.setattr(comparison, "Worker", Worker)
-    # Real data, for processes know the registered sets only; and not so few epochs that a run is
+    # Real data, for processes know the registered sets only; and not so few steps that a run is
     # over before the news of it arrives.
-    given = configs(["ew", "pcgrad", "si"], data="multidigits", batch_size=500, epochs=5)
+    data = "multidigits(sizes=(1000, 64, 64))"
+    given = configs(["ew", "pcgrad", "si"], data=data, batch_size=50, epochs=5)
     compared = Comparison(given, tmp_path / "processes")
     outcomes = compared.run(2, Killer)
     assert isinstance(outcomes[0], Failure)

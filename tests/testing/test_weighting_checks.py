@@ -140,7 +140,13 @@ def test_a_fault_is_found_and_described(name: str, make: Callable[..., Any], wor
         check()
     assert str(caught.value).startswith(f"{name}: ")
     assert "expected" in str(caught.value) and "found" in str(caught.value)
-    with pytest.raises(AssertionError):
+
+
+@pytest.mark.parametrize(
+    ("make", "words"), [FAULTS[0][1:], (FAULTS[-1][1], ": expected")], ids=["first", "last"]
+)
+def test_all_checks_together_find_it_too(make: Callable[..., Any], words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
         check_weighting(make)
 
 

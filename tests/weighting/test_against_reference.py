@@ -1,6 +1,6 @@
 """The weightings beside plain-Python references that keep the list of all losses ever seen.
 
-200 random trainings each: T from 2 to 20, epochs of 1 to 5 batches, losses from 1e-6 to 1e6.
+100 random trainings each: T from 2 to 20, epochs of 1 to 5 batches, losses from 1e-6 to 1e6.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from reference import weighting as reference
 
 from equipoise.weighting import DWA, EW, SI, UW, IGBv1
 
-SEEDS = range(200)
+SEEDS = range(100)
 
 
 def training(seed: int) -> tuple[int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""IMTL-L, GLS, FAMO, STCH and GradNorm beside plain-Python references, 200 random problems each."""
+"""IMTL-L, GLS, FAMO, STCH and GradNorm beside plain-Python references, 100 random problems each."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from reference import weighting_more as reference
 
 from equipoise.weighting import FAMO, GLS, IMTLL, STCH, GradNorm
 
-SEEDS = range(200)
+SEEDS = range(100)
 CLOSE = {"rtol": 1e-6, "atol": 1e-12}
 
 
