@@ -18,7 +18,7 @@ from equipoise.engine.adapters import (
 from equipoise.engine.boundary import through_trunk
 from equipoise.engine.direction import Combination, FeatureGradients, combine
 from equipoise.engine.factors import factors_of
-from equipoise.engine.gradients import Gradients, scaled
+from equipoise.engine.gradients import Gradients, added, scaled
 from equipoise.engine.partition import below, reached_leaves
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
@@ -117,7 +117,7 @@ def backward(
     everything = (*parameters, *others, *weighs.learnable)
     for p, gradient in zip(everything, (*direction, *rest, *weighted.learned), strict=True):
         if gradient is not None:
-            p.grad = gradient if p.grad is None else p.grad + gradient
+            p.grad = gradient if p.grad is None else added(p.grad, gradient)
     if weighs.method is not None and weighs.needs_gram:
         weighs.method.observe(joint, presence.present, result.gram)
     return result
@@ -209,7 +209,7 @@ class _Graph:
         total: Gradients = [None] * len(self.others)
         for of_one in scaled(rest, self.factors):
             total = [
-                new if old is None else old if new is None else old + new
+                new if old is None else old if new is None else added(old, new)
                 for old, new in zip(total, of_one, strict=True)
             ]
         return self.ranks.sum_gradients(total, self.others)

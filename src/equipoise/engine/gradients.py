@@ -41,8 +41,13 @@ def by_parameter(
     for some, theirs in zip(parameters, gradients, strict=True):
         for p, g in zip(some, theirs, strict=True):
             before = of.get(p)
-            of[p] = g if before is None else before if g is None else before + g
+            of[p] = g if before is None else before if g is None else added(before, g)
     return list(of), list(of.values())
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two gradients of a parameter; sparse only if both are."""
+    return b + a if a.is_sparse and not b.is_sparse else a + b
 
 
 def give(parameters: Sequence[Tensor], gradients: Gradients) -> None:
@@ -59,7 +64,28 @@ def part(parameters: Iterable[Tensor]) -> None:
     seen: set[int] = set()
     for parameter in parameters:
         gradient = parameter.grad
-        if gradient is not None:
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = gradient.clone().coalesce()  # which may be the same tensor again
+        elif gradient is not None:
             if gradient.data_ptr() in seen or not gradient.is_contiguous():
                 parameter.grad = gradient = gradient.clone()
             seen.add(gradient.data_ptr())
+
+
+def clip(parameters: Iterable[Tensor], bound: float) -> None:
+    """Scale gradients, each a tensor of its own, to a joint norm of at most `bound`.
+
+    As torch.nn.utils.clip_grad_norm_, which does not know sparse gradients.
+    """
+    torch.nn.utils.clip_grad_norm_([_of_numbers(p) for p in parameters], bound)
+
+
+def _of_numbers(parameter: Tensor) -> Tensor:
+    """The parameter; for a sparse gradient what has the numbers in it as a dense one."""
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return parameter
+    parameter.grad = gradient = gradient.coalesce()
+    stand_in = torch.empty_like(gradient.values())
+    stand_in.grad = gradient.values()
+    return stand_in

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from equipoise.engine.gradients import Gradients
+from equipoise.engine.layout import Layout
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
-from equipoise.linalg import combine_rows, gram_matrix, inner_products
+from equipoise.linalg import combine_rows, gram_matrix, inner_products, real, shaped
 
 
 class Rows:
@@ -25,6 +25,9 @@ class Rows:
     Among several processes a row is summed over them as soon as it is filled, and each process
     keeps its slice of P / processes columns only.
 
+    Rows are dense and real: a complex number is two columns, and a parameter all of whose gradients
+    are sparse gets a sparse one of every direction.
+
     Args:
         parameters: the shared parameters; P counts their numbers.
         n_tasks: T.
@@ -35,7 +38,7 @@ class Rows:
         multiplied: (filled,) what they have been multiplied by; None: ones.
 
     Raises:
-        EquipoiseError: the parameters lie on several devices.
+        EquipoiseError: the parameters lie on several devices, or are spread over processes.
     """
 
     def __init__(self, parameters: Sequence[Tensor], n_tasks: int, ranks: Ranks) -> None:
@@ -47,7 +50,8 @@ class Rows:
             )
         self.parameters = list(parameters)
         self.ranks = ranks
-        self._sizes = [p.numel() for p in parameters]
+        refuse_spread(self.parameters)
+        self._sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
         dtype = _row_dtype(parameters)
         columns = -(-sum(self._sizes) // ranks.size)
         device = devices.pop() if devices else None
@@ -58,8 +62,12 @@ class Rows:
         self.clear()
 
     def _split(self, row: Tensor) -> list[Tensor]:
+        """Real views of a row, (..., 2) for a complex parameter."""
         pieces = row[: sum(self._sizes)].split(self._sizes)
-        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
+        return [
+            piece.view(real(p.detach()).shape)
+            for piece, p in zip(pieces, self.parameters, strict=True)
+        ]
 
     def __reduce__(self) -> tuple:
         """Copies and pickles are empty buffers: the views of a pickled one would be no views."""
@@ -81,7 +89,7 @@ class Rows:
         self.multiplied: Tensor | None = None
         self._gram: Tensor | None = None  # of what is in the buffer, once it was asked for
         self._version = self.buffer._version
-        self._reached = [False] * len(self.parameters)
+        self._layout = Layout(len(self.parameters))
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Fill the next row; None counts as zeros."""
@@ -90,8 +98,11 @@ class Rows:
             if gradient is None:
                 view.zero_()
             else:
-                view.copy_(gradient)
-                self._reached[k] = True
+                self._layout.note(k, gradient)
+                if gradient.is_sparse:
+                    view.zero_().add_(real(gradient))
+                else:
+                    view.copy_(real(gradient))
         if self._whole is not None:
             self.ranks.scatter_sum(self._whole, self.buffer[self._filled])
         self._filled += 1
@@ -120,39 +131,54 @@ class Rows:
         return self.combine(torch.full_like(self.factors, 1 / self._filled))[: sum(self._sizes)]
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
-        """Views of a vector (P,), shaped as the parameters."""
-        return self._split(vector)
+        """The parts of a vector (P,), shaped as the parameters; views where these are real."""
+        real_ones = zip(self._split(vector), self.parameters, strict=True)
+        return [shaped(piece, p) for piece, p in real_ones]
 
     def stay(self, k: int, minus_old: bool) -> None:
-        """As `renewed` with the gradient that row k already is."""
+        """As `renew` with the gradient that row k already is."""
         if minus_old:
             self.buffer[k].zero_()
             self._gram = None
 
-    @contextmanager
-    def renewed(self, k: int, minus_old: bool) -> Generator[None]:
-        """Row k becomes the gradient that `backward` brings in the body; less the old row, if so.
+    def renew(
+        self,
+        k: int,
+        loss: Tensor | None,
+        seed: Tensor | None,
+        minus_old: bool,
+        also: Sequence[Tensor] = (),
+        retain_graph: bool = False,
+    ) -> Gradients:
+        """Row k becomes the gradient of a loss; less the old row, if so. One backward pass.
 
         The gradients go from the graph to the row one parameter after the other: no second list
-        of them is ever held.
+        of them is ever held, unless a parameter has hooks of the user's on what arrives in
+        `.grad`, which wait for the final one. What `.grad` holds is there again afterwards.
+
+        Args:
+            k: which row.
+            loss: a scalar with a graph; None: zeros, for this process has no sample.
+            seed: what multiplies the loss.
+            minus_old: whether the old row is subtracted.
+            also: other parameters.
+            retain_graph: whether the graph is kept.
+
+        Returns:
+            The gradients of `also`, of this process.
         """
         row, self._gram = self.buffer[k], None
         _ = row.neg_() if minus_old else row.zero_()
         if self._whole is not None:
             self._whole.zero_()
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_move, view))
-            for parameter, view in zip(self.parameters, self._views[k], strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        inputs, found = [*self.parameters, *also], [None] * len(also)
+        if loss is not None and inputs:
+            found = _into(self._views[k], loss, seed, inputs, retain_graph)
         if self._whole is not None:
             piece = torch.empty_like(row)
             self.ranks.scatter_sum(self._whole, piece)
             row.add_(piece)
+        return found
 
     @property
     def filled(self) -> Tensor:
@@ -196,7 +222,7 @@ class Rows:
         vector = self.buffer.new_zeros(sum(self._sizes))
         for view, piece in zip(self._split(vector), pieces, strict=True):
             if piece is not None:
-                view.copy_(piece)
+                view.add_(real(piece))  # which may be sparse
         return vector
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -214,20 +240,60 @@ class Rows:
 
     def per_parameter(self, direction: Tensor) -> Gradients:
         """The pieces of a direction, shaped as the parameters; None where no row reached."""
-        reached = self.ranks.sum(torch.tensor([float(known) for known in self._reached])).tolist()
-        return [
-            piece.to(p.dtype) if count > 0 else None
-            for piece, p, count in zip(
-                self._split(direction), self.parameters, reached, strict=True
-            )
-        ]
+        flags = torch.tensor(self._layout.flags(), dtype=torch.float64, device="cpu")
+        pieces = self.pieces(direction)
+        summed = self.ranks.sum(flags).tolist()
+        return self._layout.gradients(self.parameters, pieces, summed, self.ranks.sum)
+
+
+def _into(
+    views: Sequence[Tensor],
+    loss: Tensor,
+    seed: Tensor | None,
+    inputs: Sequence[Tensor],
+    retain_graph: bool,
+) -> Gradients:
+    """Add gradients of the first inputs to `views`, one by one; return those of the others."""
+    n = len(views)
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in inputs):
+        found = torch.autograd.grad(loss, inputs, seed, retain_graph, allow_unused=True)
+        for view, gradient in zip(views, found, strict=False):
+            if gradient is not None:
+                view.add_(real(gradient))
+        return list(found[n:])
+    held = [p.grad for p in inputs]
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(_move, view))
+        for p, view in zip(inputs, views, strict=False)
+    ]
+    try:
+        for p in inputs:
+            p.grad = None
+        torch.autograd.backward(loss, seed, retain_graph=retain_graph, inputs=list(inputs))
+        return [p.grad for p in inputs[n:]]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, gradient in zip(inputs, held, strict=True):
+            p.grad = gradient
 
 
 def _move(view: Tensor, parameter: Tensor) -> None:
     """Take a gradient that has just come in over to where it belongs."""
     if parameter.grad is not None:
-        view += parameter.grad
+        view += real(parameter.grad)
         parameter.grad = None
+
+
+def refuse_spread(parameters: Sequence[Tensor]) -> None:
+    """Raise EquipoiseError for a parameter of which this process holds a part only (DTensor)."""
+    for p in parameters:
+        if any(kind.__name__ == "DTensor" for kind in type(p).__mro__):
+            raise EquipoiseError(
+                f"a shared parameter of shape {tuple(p.shape)} is a DTensor, spread over processes "
+                "(FSDP2, tensor parallelism); rows of gradients need it whole. Train the module "
+                "without fully_shard: the processes keep a slice of the rows each."
+            )
 
 
 def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
@@ -235,7 +301,7 @@ def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     dtype = torch.float32
     for dtype_of_one in {p.dtype for p in parameters}:
         dtype = torch.promote_types(dtype, dtype_of_one)
-    return dtype
+    return dtype.to_real()
 
 
 def gram_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

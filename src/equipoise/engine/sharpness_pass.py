@@ -226,18 +226,11 @@ class SecondLook:
         retain_graph: bool = False,
     ) -> Gradients:
         """Row k from a loss at the perturbed point; and the gradients of some other parameters."""
-        gradients: Gradients = [None] * len(also)
-        with self.rows.renewed(k, self.sharpness.decompose):
-            inputs = [*self.rows.parameters, *also]
-            if value is not None and inputs:
-                seed = self.evaluation.seed(k, value, self.multiplied[k])
-                torch.autograd.backward(value, seed, retain_graph=retain_graph, inputs=inputs)
-                gradients = [p.grad for p in also]
-        for i, parameter in enumerate(also):
-            parameter.grad = None
-            gradient = gradients[i]
-            if gradient is not None and self.multiplied[k] not in (0.0, 1.0):
-                gradients[i] = gradient / self.multiplied[k]
+        seed = None if value is None else self.evaluation.seed(k, value, self.multiplied[k])
+        minus = self.sharpness.decompose
+        gradients = self.rows.renew(k, value, seed, minus, also, retain_graph)
+        if self.multiplied[k] not in (0.0, 1.0):
+            gradients = [None if g is None else g / self.multiplied[k] for g in gradients]
         return self.evaluation.ranks.sum_gradients(gradients, also)
 
     def _losses(self, tasks: Sequence[int]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from equipoise.engine.adapters import WeightingStage
 from equipoise.engine.evaluation import Evaluation
-from equipoise.engine.gradients import Gradients, by_parameter, give, part
+from equipoise.engine.gradients import Gradients, by_parameter, clip, give, part
 from equipoise.engine.stages import Stages
 
 
@@ -44,7 +44,7 @@ class Update:
         if self.clip_norm is not None:
             moved = dict.fromkeys((*self.look.shared, *itertools.chain(*self.look.own)))
             part(moved)
-            torch.nn.utils.clip_grad_norm_(moved, self.clip_norm)
+            clip(moved, self.clip_norm)
         self.optimizer.step()
         torch.clear_autocast_cache()  # it holds half-precision copies of the old parameters
 
