@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,10 @@ def batch(k: int) -> tuple[Tensor, dict[str, Tensor]]:
     return x, {t: torch.randn(5, 1, generator=g, dtype=torch.float64) for t in TASKS}
 
 
+def losses_of(net: nn.Module, x: Tensor, y: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {t: F.mse_loss(o, y[t]) for t, o in net(x).items()}
+
+
 def numbers(net: nn.Module) -> dict[str, Tensor]:
     """Give all parameters as real ones, by the name of the complex one."""
     found: dict[str, Tensor] = {}
@@ -100,9 +106,8 @@ def test_clipping_and_a_closure() -> None:
         net = model(as_complex)
         optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
         step = eq.Step(net, TASKS, optimizer, aggregator=eq.CAGrad(), clip_norm=0.05)
-        x, y = batch(0)
-        for _ in range(2):
-            step(lambda net=net: {t: F.mse_loss(o, y[t]) for t, o in net(x).items()})
+        for k in range(2):
+            step(partial(losses_of, net, *batch(k)))
         found.append(numbers(net))
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name], rtol=1e-7, atol=1e-10)

@@ -165,10 +165,7 @@ def signed_sums(per_task: Sequence[Gradients], outputs: Sequence[Tensor]) -> lis
     """
     return [
         torch.stack(
-            [
-                torch.zeros_like(z[0]) if g is None else (z.sign() * real(g)).sum(0)
-                for g in column
-            ]
+            [torch.zeros_like(z[0]) if g is None else (z.sign() * real(g)).sum(0) for g in column]
         )
         for z, *column in zip([real(z.detach()) for z in outputs], *per_task, strict=True)
     ]

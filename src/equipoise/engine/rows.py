@@ -11,6 +11,7 @@ from torch import Tensor
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.layout import Layout
 from equipoise.engine.ranks import Ranks
+from equipoise.engine.wrappers import is_spread
 from equipoise.errors import EquipoiseError
 from equipoise.linalg import combine_rows, gram_matrix, inner_products, real, shaped
 
@@ -50,7 +51,11 @@ class Rows:
             )
         self.parameters = list(parameters)
         self.ranks = ranks
-        refuse_spread(self.parameters)
+        if any(is_spread(p) for p in self.parameters):
+            raise EquipoiseError(
+                "a shared parameter is a DTensor, spread over processes (fully_shard, tensor "
+                "parallelism); rows need it whole. Use the module without."
+            )
         self._sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
         dtype = _row_dtype(parameters)
         columns = -(-sum(self._sizes) // ranks.size)
@@ -283,17 +288,6 @@ def _move(view: Tensor, parameter: Tensor) -> None:
     if parameter.grad is not None:
         view += real(parameter.grad)
         parameter.grad = None
-
-
-def refuse_spread(parameters: Sequence[Tensor]) -> None:
-    """Raise EquipoiseError for a parameter of which this process holds a part only (DTensor)."""
-    for p in parameters:
-        if any(kind.__name__ == "DTensor" for kind in type(p).__mro__):
-            raise EquipoiseError(
-                f"a shared parameter of shape {tuple(p.shape)} is a DTensor, spread over processes "
-                "(FSDP2, tensor parallelism); rows of gradients need it whole. Train the module "
-                "without fully_shard: the processes keep a slice of the rows each."
-            )
 
 
 def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

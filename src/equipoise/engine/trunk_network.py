@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.compatibility import shared_trunk
+from equipoise.engine.compatibility import refuse_bypassed, shared_trunk
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
 from equipoise.engine.partition import Partition, Shared
@@ -17,9 +17,10 @@ from equipoise.engine.ranks import Ranks
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
-from equipoise.errors import CombinationError, EquipoiseError
+from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
+from equipoise.errors import CombinationError, EquipoiseError, TaskError
 from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
-from equipoise.trunk import SeparateTrunks, SharedTrunk
+from equipoise.trunk import SeparateTrunks, SharedTrunk, bypassed
 
 
 class TrunkNetwork(Network):
@@ -28,7 +29,8 @@ class TrunkNetwork(Network):
     Heads are differentiated on detached features. What a loss reaches besides its own head and the
     features (a parameter of its own, the trunk's weights, another head) would be lost; the first
     step with labels of a task looks for it. Where there is such a path, this and all later steps
-    differentiate the whole graph instead, as they do for a closure.
+    differentiate the whole graph instead, as they do for a closure; and so they do for a model
+    whose forward is its own, or has hooks, which they call then.
 
     Args:
         model: the network.
@@ -71,6 +73,9 @@ class TrunkNetwork(Network):
                 "targets); to call step(closure), build it with the list of task names instead."
             )
         presence = Targets(self.tasks, targets, masks, ranks, left_out)
+        if self._graph is None and bypassed(self.model):  # a hook may have come since
+            refuse_bypassed(self.model, self.needs.features)
+            self._graph = self._whole_graph()
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
@@ -145,15 +150,38 @@ class TrunkNetwork(Network):
         self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> GraphEvaluation:
         def losses() -> dict[str, tuple[Tensor, float]]:
-            features = self.model.trunk(inputs)
-            found = {}
+            output_of, found = self._outputs(inputs), {}
             for task in targets.names:
                 if targets.here(task):
-                    output, target = targets.pair(task, self.model.head(task, features))
+                    output, target = targets.pair(task, output_of(task))
                     found[task] = self.losses[task](output, target), targets.count(task)
             return found
 
         return GraphEvaluation(graph, losses, ranks, frozenset(), again)
+
+    def _outputs(self, inputs: Any) -> Callable[[str], Any]:
+        """What gives the output of a task; all that `model(inputs)` does is done."""
+        model, kind = self.model, type(self.model).__name__
+        if not bypassed(model):
+            features = model.trunk(inputs)
+            return lambda task: model.head(task, features)
+        outputs = model(inputs)
+        if not isinstance(outputs, Mapping):
+            raise EquipoiseError(
+                f"{kind}.forward returned a {type(outputs).__name__}; it must return a dict, task "
+                "name -> output."
+            )
+
+        def output_of(task: str) -> Any:
+            if task not in outputs:
+                raise TaskError(
+                    task,
+                    f"{kind}.forward returned no output for it, only for {list(outputs)}; it must "
+                    "return one for each task.",
+                )
+            return outputs[task]
+
+        return output_of
 
 
 class _CheckedEvaluation(TrunkEvaluation):
@@ -188,7 +216,13 @@ def network_of(
     shared: Shared | None,
     needs: Needs,
 ) -> Network:
-    """How a step sees what it trains: as a SharedTrunk, or through a closure."""
+    """How a step sees what it trains: as a SharedTrunk, or through a closure.
+
+    Raises:
+        CombinationError: a wrapper around the network, or an optimizer, that a step cannot serve.
+    """
+    refuse_wrappers(model)
+    refuse_optimizer(optimizer)
     if isinstance(losses, Mapping):
         return TrunkNetwork(shared_trunk(model, losses, shared), dict(losses), optimizer, needs)
     return GraphNetwork(model, Partition(model, losses, optimizer, shared), needs)
