@@ -181,7 +181,7 @@ class Half:
         (lambda ps: WantsLosses(ps, lr=0.1), "WantsLosses: its step wants the argument 'losses'"),
         (lambda ps: WantsAName(ps, lr=0.1), "wants the argument 'phase'"),
         (lambda ps: WrapperThatWants(torch.optim.SGD(ps)), "wants the argument 'scale'"),
-        (lambda ps: Half(torch.optim.SGD(ps)), "optimizer is a Half .has no zero_grad"),
+        (lambda ps: Half(torch.optim.SGD(ps)), "optimizer is a Half without zero_grad"),
         (lambda ps: torch.optim.SGD, "give a torch.optim.Optimizer"),
         (lambda ps: None, "optimizer is a NoneType"),
     ],

@@ -31,7 +31,11 @@ class Boundary:
     """
 
     def __init__(self, features: Any, n_tasks: int, apart: bool = True) -> None:
-        self._leaves, self._spec = pytree.tree_flatten(features)
+        leaves, self._spec = pytree.tree_flatten(features)
+        # Of a frozen trunk under inference_mode: heads could not save them for their backward.
+        self._leaves = [
+            x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in leaves
+        ]
         self._cut = [
             i for i, x in enumerate(self._leaves) if isinstance(x, Tensor) and x.requires_grad
         ]

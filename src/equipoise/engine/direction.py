@@ -157,6 +157,24 @@ class FeatureGradients:
         """That of the gradients."""
         return self.outputs[0].dtype if self.outputs else torch.float64
 
+    def conflicts_show(self, samples_meet: bool) -> bool:
+        """Whether two tasks ask for the same entry; also where fewer than two ask for anything.
+
+        Args:
+            samples_meet: whether what tasks ask is summed over the batch first.
+        """
+        asking = torch.zeros(len(self.factors) + 1, device="cpu")  # and last, how many outputs meet
+        for column in zip(*self.sent_back, strict=True):
+            asked = {k: g != 0 for k, g in enumerate(column) if g is not None}
+            if samples_meet:
+                asked = {k: a.any(0) if a.dim() else a for k, a in asked.items()}
+            for k, a in asked.items():
+                asking[k] += float(a.any())
+            if asked:
+                asking[-1] += float((torch.stack(list(asked.values())).sum(0) > 1).any())
+        *tasks, meet = self.ranks.sum(asking).tolist()
+        return meet > 0 or sum(count > 0 for count in tasks) < 2
+
     def weighted(self, w: Tensor) -> Gradients:
         """For each output the sum over tasks of w_k times the gradient of task k."""
         return weighted_sum(self.sent_back, (w * self.factors)[: len(self.sent_back)])

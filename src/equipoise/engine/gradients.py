@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from equipoise.linalg import real
 
 Gradients = list[Tensor | None]
 """One gradient for each parameter of a list; None where the loss does not reach it."""
@@ -89,3 +92,54 @@ def _of_numbers(parameter: Tensor) -> Tensor:
     stand_in = torch.empty_like(gradient.values())
     stand_in.grad = gradient.values()
     return stand_in
+
+
+def add_gradients(
+    views: Sequence[Tensor],
+    loss: Tensor,
+    seed: Tensor | None,
+    inputs: Sequence[Tensor],
+    retain_graph: bool,
+) -> Gradients:
+    """Add gradients of the first inputs to real views; return those of the other inputs.
+
+    One parameter after the other, so that no list of them is held; all at once if one of them has
+    hooks of the user's on what arrives in `.grad`, which wait for the final one. What `.grad`
+    holds is there again afterwards.
+
+    Args:
+        views: one for each of the first inputs.
+        loss: a scalar with a graph.
+        seed: what multiplies it.
+        inputs: leaves.
+        retain_graph: whether the graph is kept.
+    """
+    n = len(views)
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in inputs):
+        found = torch.autograd.grad(loss, inputs, seed, retain_graph, allow_unused=True)
+        for view, gradient in zip(views, found, strict=False):
+            if gradient is not None:
+                view.add_(real(gradient))
+        return list(found[n:])
+    held = [p.grad for p in inputs]
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(_move, view))
+        for p, view in zip(inputs, views, strict=False)
+    ]
+    try:
+        for p in inputs:
+            p.grad = None
+        torch.autograd.backward(loss, seed, retain_graph=retain_graph, inputs=list(inputs))
+        return [p.grad for p in inputs[n:]]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, gradient in zip(inputs, held, strict=True):
+            p.grad = gradient
+
+
+def _move(view: Tensor, parameter: Tensor) -> None:
+    """Take a gradient that has just come in over to where it belongs."""
+    if parameter.grad is not None:
+        view += real(parameter.grad)
+        parameter.grad = None

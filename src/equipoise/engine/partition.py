@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.ranks import Ranks
+from equipoise.engine.unreached import refuse_unreached
 from equipoise.errors import EquipoiseError, TaskError, nearest
 
 Shared = nn.Module | Iterable[Tensor] | Iterable[str] | str
@@ -117,6 +118,7 @@ class Partition:
                 _refuse_compiled(losses)
             self._reached = found
             self._sort()
+            refuse_unreached(self.given, found, len(self.tasks))
 
     def _name(self) -> None:
         """Name all parameters of the network, and those that only the optimizer holds."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.gradients import Gradients, add_gradients
 from equipoise.engine.layout import Layout
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.wrappers import is_spread
@@ -178,7 +177,7 @@ class Rows:
             self._whole.zero_()
         inputs, found = [*self.parameters, *also], [None] * len(also)
         if loss is not None and inputs:
-            found = _into(self._views[k], loss, seed, inputs, retain_graph)
+            found = add_gradients(self._views[k], loss, seed, inputs, retain_graph)
         if self._whole is not None:
             piece = torch.empty_like(row)
             self.ranks.scatter_sum(self._whole, piece)
@@ -249,45 +248,6 @@ class Rows:
         pieces = self.pieces(direction)
         summed = self.ranks.sum(flags).tolist()
         return self._layout.gradients(self.parameters, pieces, summed, self.ranks.sum)
-
-
-def _into(
-    views: Sequence[Tensor],
-    loss: Tensor,
-    seed: Tensor | None,
-    inputs: Sequence[Tensor],
-    retain_graph: bool,
-) -> Gradients:
-    """Add gradients of the first inputs to `views`, one by one; return those of the others."""
-    n = len(views)
-    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in inputs):
-        found = torch.autograd.grad(loss, inputs, seed, retain_graph, allow_unused=True)
-        for view, gradient in zip(views, found, strict=False):
-            if gradient is not None:
-                view.add_(real(gradient))
-        return list(found[n:])
-    held = [p.grad for p in inputs]
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(_move, view))
-        for p, view in zip(inputs, views, strict=False)
-    ]
-    try:
-        for p in inputs:
-            p.grad = None
-        torch.autograd.backward(loss, seed, retain_graph=retain_graph, inputs=list(inputs))
-        return [p.grad for p in inputs[n:]]
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for p, gradient in zip(inputs, held, strict=True):
-            p.grad = gradient
-
-
-def _move(view: Tensor, parameter: Tensor) -> None:
-    """Take a gradient that has just come in over to where it belongs."""
-    if parameter.grad is not None:
-        view += real(parameter.grad)
-        parameter.grad = None
 
 
 def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

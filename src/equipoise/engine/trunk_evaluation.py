@@ -80,8 +80,8 @@ class TrunkEvaluation(Evaluation):
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
                     "the trunk has parameters to train, but no tensor that requires a gradient "
-                    "was found in what it returned; let it return a tensor, or nested dicts, lists "
-                    "and tuples of tensors."
+                    "was found in what it returned: it is detached, computed under torch.no_grad "
+                    "or inference_mode, or no tensor or nested dict, list or tuple of tensors."
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):
@@ -167,6 +167,9 @@ class TrunkEvaluation(Evaluation):
         own = self.heads_backward(torch.ones(len(self.own)))
         found = FeatureGradients(self._sent_back, self.features.outputs, factors, self.ranks)
         return found, own
+
+    def check_overlap(self, gradients: FeatureGradients, stages: Stages) -> None:
+        """Warn, in the first looks alone, where no conflict can be seen among the features."""
 
     def through(self, latent: Gradients, again: bool = False) -> Gradients:
         """The trunk's gradients from one gradient for each of its outputs: one backward.
@@ -268,5 +271,6 @@ def combine_features(
     """
     assert isinstance(look, TrunkEvaluation)
     gradients, own = look.feature_gradients(factors)
+    look.check_overlap(gradients, stages)
     result, latent = gradients.combine(stages.aggregator, look.losses, stages.descent)
     return result, look.through(latent, again=stages.verifying is not None), own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.compatibility import refuse_bypassed, shared_trunk
+from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
-from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.partition import Partition, Shared, reached_leaves
 from equipoise.engine.ranks import Ranks
-from equipoise.engine.stages import Needs
+from equipoise.engine.stages import Needs, Stages
 from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
+from equipoise.engine.unreached import WHY
 from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
 from equipoise.errors import CombinationError, EquipoiseError, TaskError
 from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
@@ -40,6 +43,8 @@ class TrunkNetwork(Network):
 
     Attributes:
         checked: the tasks whose losses are known to reach nothing else, each with its loss.
+        reaching: those of them whose losses reach the features.
+        warned: whether the user knows that no conflict can be seen among the features.
     """
 
     has_features = True
@@ -55,6 +60,8 @@ class TrunkNetwork(Network):
         self.tasks = model.tasks
         self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
         self.checked: dict[str, Callable[..., Tensor]] = {}
+        self.reaching: frozenset[str] = frozenset()
+        self.warned = False
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -94,7 +101,7 @@ class TrunkNetwork(Network):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
-        self.checked, self._graph = {}, None
+        self.checked, self.reaching, self._graph = {}, frozenset(), None
         if state:
             self._graph = self._whole_graph()
             self._graph.load_state_dict(state)
@@ -102,12 +109,12 @@ class TrunkNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        checked, graph = self.checked, self._graph
+        checked, reaching, graph = self.checked, self.reaching, self._graph
         try:
             with nullcontext() if graph is None else graph.unchanged_on_error():
                 yield
         except BaseException:
-            self.checked, self._graph = checked, graph
+            self.checked, self.reaching, self._graph = checked, reaching, graph
             raise
 
     # ------------------------------------------------------------------ paths beyond the heads
@@ -203,10 +210,45 @@ class _CheckedEvaluation(TrunkEvaluation):
         if not beyond:
             found = {task: self.network.losses[task] for task in self.presence.names}
             self.network.checked = self.network.checked | found
+            self._refuse_unreached()
             return self
         put_back(buffers)
         random.restore()
         return self.network.by_graph(self, beyond, self.again).look(apart)
+
+    def _refuse_unreached(self) -> None:
+        """Refuse a trunk that its own output, or every loss, leaves without a gradient."""
+        outputs = self.features.outputs
+        if not self.shared or not outputs:
+            return
+        if not reached_leaves(outputs).keys() & set(self.shared):
+            raise EquipoiseError(f"no parameter of the trunk is reached from its output; {WHY}")
+        network, inputs = self.network, set(self.features.inputs)
+        found = [float(v is not None and bool(_leaves(v) & inputs)) for v in self.values]
+        found = self.ranks.sum(torch.tensor(found, device="cpu")).tolist()
+        names = self.presence.names
+        network.reaching |= {task for task, count in zip(names, found, strict=True) if count}
+        if not network.reaching and len(network.checked) == len(network.tasks):
+            raise EquipoiseError(f"no loss reaches the features of the trunk; {WHY}")
+
+    def check_overlap(self, gradients: FeatureGradients, stages: Stages) -> None:
+        """Warn once where the tasks ask for different features."""
+        if len(self.own) < 2 or self.network.warned:
+            return
+        if not gradients.conflicts_show(stages.aggregator.entry_weights is not None):
+            self.network.warned = True
+            advice = "Backtracking" if stages.line_search else "level='parameters'"
+            warnings.warn(
+                f"{stages.needs.features}: no two tasks' gradients of the features overlap, "
+                "because each head reads features of its own, or each sample has the label of one "
+                f"task only; conflicts cannot be seen among them. Use {advice}.",
+                stacklevel=5,
+            )
+
+
+def _leaves(loss: Tensor) -> set[Tensor]:
+    """The leaves of its graph."""
+    return set(reached_leaves([loss]))
 
 
 def network_of(

@@ -77,8 +77,9 @@ def refuse_optimizer(optimizer: Any) -> None:
         raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
     missing = [part for part in OF_AN_OPTIMIZER if not hasattr(optimizer, part)]
     if isinstance(optimizer, type) or missing:
-        what = "is a class" if isinstance(optimizer, type) else f"has no {missing[0]}"
-        raise CombinationError(f"optimizer is a {name} ({what}); give a torch.optim.Optimizer.")
+        other = isinstance(optimizer, type) or len(missing) > len(OF_AN_OPTIMIZER) / 2
+        what = "" if other else f" without {missing[0]}"
+        raise CombinationError(f"optimizer is a {name}{what}; give a torch.optim.Optimizer.")
     wanted = _arguments_of_step(optimizer)
     if wanted:
         raise CombinationError(
