@@ -166,7 +166,7 @@ class _Graph:
             rows.add(found[: len(self.parameters)])
             rest.append(_finite(i, found[len(self.parameters) :]))
         rows.weigh(self.factors)
-        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool, device="cpu"))
         result, direction = combine(rows, aggregator, joint)
         return rows.per_parameter(direction), self._summed(rest), result
 
@@ -194,7 +194,7 @@ class _Graph:
             sent_back.append(found[: len(outputs)])
             rest.append(_finite(i, found[len(outputs) :]))
         gradients = FeatureGradients(sent_back, outputs, self.factors, self.ranks)
-        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool, device="cpu"))
         result, together = gradients.combine(aggregator, joint)
         direction = through_trunk(outputs, self.parameters, together, self.retain_graph)
         return self.ranks.sum_gradients(direction, self.parameters), self._summed(rest), result

@@ -75,7 +75,7 @@ class StepReport:
     @classmethod
     def skipped(cls, tasks: tuple[str, ...]) -> StepReport:
         """The report of a batch without any label, for which nothing was done."""
-        zeros = torch.zeros(len(tasks), dtype=torch.float64)
+        zeros = torch.zeros(len(tasks), dtype=torch.float64, device="cpu")
         return cls(tasks, zeros * torch.nan, zeros, zeros, zeros, None, 0.0, accepted=False)
 
     @classmethod
@@ -124,6 +124,6 @@ def _of_all(presence: Presence, result: Combination | None) -> tuple[Tensor | No
     present, w = presence.present, result.coefficients
     gram = None
     if result.gram is not None:
-        gram = torch.zeros(len(present), len(present), dtype=torch.float64)
+        gram = torch.zeros(len(present), len(present), dtype=torch.float64, device="cpu")
         gram[torch.outer(present, present)] = result.gram.to(torch.float64).flatten()
     return None if w is None else presence.spread(w), gram

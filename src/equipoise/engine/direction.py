@@ -146,7 +146,7 @@ class FeatureGradients:
         """(T, T) inner products, float64 on the CPU."""
         n_tasks = len(self.factors)
         if not self.outputs:
-            return torch.zeros(n_tasks, n_tasks, dtype=torch.float64)
+            return torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu")
         gram = self.ranks.sum(feature_gram(self.sent_back)).cpu()
         if all(factor == 1.0 for factor in self.factors.tolist()):
             return gram
@@ -222,7 +222,7 @@ class FeatureGradients:
         assert gram is not None
         if w is None:
             each = [inner(own, together) for own in self.sent_back]
-            each = each or [torch.zeros(())] * len(gram)
+            each = each or [torch.zeros((), device="cpu")] * len(gram)
             both = self.ranks.sum(on_host([*each, inner(together, together)]))
             found, square = both[:-1] * self.factors, float(both[-1])
         else:

@@ -109,7 +109,7 @@ class Partition:
                 found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
         changed = found != self._reached or self._trained != self._trained_now()
         if not ranks.alone:
-            changed = float(ranks.sum(torch.tensor(float(changed)))) > 0
+            changed = float(ranks.sum(torch.tensor(float(changed), device="cpu"))) > 0
             if changed:
                 self._name()
                 found = self._of_all(found, ranks)
@@ -138,7 +138,8 @@ class Partition:
         """What the tasks reach in any of the processes, which hold the same parameters."""
         n_tasks = len(self.tasks)
         bits = torch.tensor(
-            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names]
+            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names],
+            device="cpu",
         )
         masks = [
             sum(1 << i for i, count in enumerate(row) if count) for row in ranks.sum(bits).tolist()

@@ -66,7 +66,7 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        failures = self.sum(torch.tensor(float(error is not None)))
+        failures = self.sum(torch.tensor(float(error is not None), device="cpu"))
         if error is not None:
             raise error
         if failures > 0:
@@ -115,7 +115,7 @@ class Ranks:
         """The rows of all processes one after the other; each may have another number of them."""
         if self.alone:
             return rows
-        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         sizes[self.rank] = len(rows)
         sizes = self.sum(sizes).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])

@@ -144,7 +144,7 @@ class SecondLook:
 
     def _refuse_what_is_not_finite(self, own: Sequence[Gradients]) -> None:
         """Where a loss, or a gradient of own parameters, is not finite, name the task."""
-        bad = torch.zeros(len(self.heads))
+        bad = torch.zeros(len(self.heads), device="cpu")
         for k, value in self.seen:
             bad[k] += not math.isfinite(float(value))
         for k, count in enumerate(self.evaluation.ranks.sum(bad).tolist()):

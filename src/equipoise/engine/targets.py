@@ -31,7 +31,7 @@ class Presence:
 
     def __init__(self, tasks: Sequence[str], counts: Sequence[float], ranks: Ranks) -> None:
         self.tasks = tuple(tasks)
-        here = torch.tensor(counts, dtype=torch.float64)
+        here = torch.tensor(counts, dtype=torch.float64, device="cpu")
         totals = ranks.sum(here.clone())
         self.present = totals > 0
         self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
@@ -45,7 +45,7 @@ class Presence:
 
     def spread(self, values: Tensor, absent: float = 0.0) -> Tensor:
         """Values (T',) of the present tasks as (T,) float64 on the CPU."""
-        full = torch.full(self.present.shape, absent, dtype=torch.float64)
+        full = torch.full(self.present.shape, absent, dtype=torch.float64, device="cpu")
         full[self.present] = values.detach().to("cpu", torch.float64)
         return full
 

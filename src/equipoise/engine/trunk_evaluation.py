@@ -138,7 +138,7 @@ class TrunkEvaluation(Evaluation):
 
     def fill(self, rows: Rows) -> list[Gradients]:
         """One backward through all heads, and one through the trunk for each task."""
-        own = self.heads_backward(torch.ones(len(self.own)))
+        own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         self.fill_from_heads(rows)
         return own
 
@@ -164,7 +164,7 @@ class TrunkEvaluation(Evaluation):
 
     def feature_gradients(self, factors: Tensor) -> tuple[FeatureGradients, list[Gradients]]:
         """What the heads send back, to be multiplied by `factors`, and the gradients of heads."""
-        own = self.heads_backward(torch.ones(len(self.own)))
+        own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         found = FeatureGradients(self._sent_back, self.features.outputs, factors, self.ranks)
         return found, own
 
@@ -200,14 +200,14 @@ class TrunkEvaluation(Evaluation):
             `<d_z, J v>` has to be |v|^2.
         """
         moves = along_trunk(*self._linear, steps)
-        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64)
+        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64, device="cpu")
         if moves is not None:
             numbers = on_host([inner(own, moves) for own in (*self._sent_back, self.latent)])
         *found, square = self.ranks.sum(numbers).tolist()
         expected = length(g for g in steps if g is not None) ** 2
         if not abs(square - expected) <= 1e-3 * expected:
             return None
-        return torch.tensor(found or [0.0] * len(self.own), dtype=torch.float64)
+        return torch.tensor(found or [0.0] * len(self.own), dtype=torch.float64, device="cpu")
 
     # ------------------------------------------------------------------ further looks
 
