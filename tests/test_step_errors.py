@@ -450,18 +450,6 @@ def test_a_refused_construction_leaves_the_optimizer_as_it_was() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_learned_weights_join_the_optimizer_once_without_decay() -> None:
-    model = linear_model(TASKS)
-    optimizer = sgd(model, weight_decay=0.1)
-    weighting = eq.UW(2)
-    for _ in range(2):
-        build(model=model, optimizer=optimizer, weighting=weighting)
-    assert len(optimizer.param_groups) == 2
-    group = optimizer.param_groups[1]
-    assert group["params"] == [weighting.log_variances]
-    assert (group["lr"], group["weight_decay"]) == (0.025, 0.0)
-
-
 def test_every_error_is_one_of_ours() -> None:
     for error in (eq.TaskError, eq.NonFiniteError, eq.RecipeError, eq.CombinationError):
         assert issubclass(error, eq.EquipoiseError)

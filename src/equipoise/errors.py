@@ -16,11 +16,11 @@ class TaskError(EquipoiseError):
     Stages know tasks by their position only; whoever knows the names calls `named`.
 
     Args:
-        task: the task's name, or its position in the order of tasks.
+        task: the task's name, or its position in the order of tasks; None: all of them together.
         problem: one sentence with the value and what to do.
     """
 
-    def __init__(self, task: int | str, problem: str) -> None:
+    def __init__(self, task: int | str | None, problem: str) -> None:
         super().__init__(task, problem)
         self.task = task
         self.problem = problem
@@ -32,11 +32,11 @@ class TaskError(EquipoiseError):
         return self
 
     def __str__(self) -> str:
-        return f"task {self.task!r}: {self.problem}"
+        return self.problem if self.task is None else f"task {self.task!r}: {self.problem}"
 
 
 class NonFiniteError(TaskError):
-    """A loss or a gradient of one task is NaN or infinite."""
+    """A loss or a gradient is NaN or infinite; `task` is None where only their sum is."""
 
 
 NOT_FINITE = (

@@ -123,6 +123,7 @@ class Recipe:
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         seed: int | None = None,
         task_weights: Sequence[float] | Tensor | None = None,
+        **options: Any,
     ) -> Step:
         """The Step of this recipe.
 
@@ -139,6 +140,7 @@ class Recipe:
                 weighting's parameters alone.
             seed: of the stages' private generators; None: from torch's global generator.
             task_weights: (T,) constant factors of the weighted losses, see Fixed; None: none.
+            options: further keyword arguments of Step, such as clip_norm, scaler, on_nonfinite.
 
         Raises:
             CombinationError: stages that make no sense together, or with this model.
@@ -170,6 +172,7 @@ class Recipe:
                 shared=shared,
                 level="features" if self.aggregator.method.level == "features" else None,
                 heads=self.aggregator.heads(),
+                **options,
             )
         except CombinationError as error:
             raise CombinationError(f"recipe {str(self)!r}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class StepReport:
             parameters; False: it did not, and the step is one of Backtracking. None: not looked at.
         slopes: (T,) what each weighted loss falls by for each unit of `step_size`, were it linear;
             None without a line search; 0 for an absent task.
+        skipped: how many steps this Step has left out so far, because a loss or a gradient was not
+            finite (`on_nonfinite="skip"`, or a scaler); `accepted` says whether this was one.
         trial_losses: (T,) losses of the accepted trial, in a FastBacktracking that does not verify
             those of the moved features; None if there is none; NaN for an absent task.
     """
@@ -63,6 +66,7 @@ class StepReport:
     verified: bool | None = None
     slopes: Tensor | None = None
     trial_losses: Tensor | None = None
+    skipped: int = 0
 
     @property
     def cosines(self) -> Tensor | None:
@@ -72,11 +76,31 @@ class StepReport:
         norms = self.gram.diagonal().sqrt()
         return self.gram / torch.outer(norms, norms)
 
+    def scalars(self) -> dict[str, float]:
+        """All numbers of the step by name, for any logger.
+
+        "loss/left", "weight/left" and "coefficient/left" for each task that was present, then
+        "direction_norm", "accepted", "skipped", and with a line search "step_size" and "trials".
+        """
+        found: dict[str, float] = {}
+        for name, values in (
+            ("loss", self.losses), ("weight", self.weights), ("coefficient", self.coefficients),
+        ):  # fmt: skip
+            if values is not None:
+                there = zip(self.tasks, self.losses.tolist(), values.tolist(), strict=True)
+                found |= {f"{name}/{t}": v for t, loss, v in there if not math.isnan(loss)}
+        found["direction_norm"] = self.direction_norm
+        found["accepted"], found["skipped"] = float(self.accepted), float(self.skipped)
+        if self.step_size is not None:
+            found["step_size"], found["trials"] = self.step_size, float(self.trials)
+        return found
+
     @classmethod
-    def skipped(cls, tasks: tuple[str, ...]) -> StepReport:
-        """The report of a batch without any label, for which nothing was done."""
+    def nothing_done(cls, tasks: tuple[str, ...], skipped: int = 0) -> StepReport:
+        """The report of a batch without any label, or of a step that was skipped."""
         zeros = torch.zeros(len(tasks), dtype=torch.float64, device="cpu")
-        return cls(tasks, zeros * torch.nan, zeros, zeros, zeros, None, 0.0, accepted=False)
+        absent = zeros * torch.nan
+        return cls(tasks, absent, zeros, zeros, zeros, None, 0.0, accepted=False, skipped=skipped)
 
     @classmethod
     def of(
@@ -87,6 +111,7 @@ class StepReport:
         result: Combination,
         norm: float,
         found: Found | None = None,
+        skipped: int = 0,
     ) -> StepReport:
         """From the values (T',) of the present tasks to all T."""
         (w, gram), (flat_w, flat_gram) = (_of_all(presence, part) for part in (result, result.flat))
@@ -101,6 +126,7 @@ class StepReport:
             flat_coefficients=flat_w,
             flat_gram=flat_gram,
             fallback=result.fallback,
+            skipped=skipped,
             **({} if found is None else _of_search(presence, found)),
         )
 

@@ -10,33 +10,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.aggregation import MGDA, Sum
-from equipoise.engine.compatibility import refuse_senseless
+from equipoise.assembly import Assembly
 from equipoise.engine.direction import Combination, combine
-from equipoise.engine.evaluation import Evaluation, Network
+from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.factors import factors_of
+from equipoise.engine.gathered import Gathered, Part, refuse_collecting
 from equipoise.engine.gradients import scaled
 from equipoise.engine.latent_search_pass import LatentSearch
 from equipoise.engine.partition import Shared
-from equipoise.engine.ranks import Ranks
-from equipoise.engine.rows import Rows
-from equipoise.engine.saving import held_outside, load, saved, undone_on_error
+from equipoise.engine.scaling import Scaler, mark
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
-from equipoise.engine.stages import Stages
 from equipoise.engine.trunk_evaluation import combine_features
-from equipoise.engine.trunk_network import network_of
-from equipoise.engine.update import Update, adopt, held_by
-from equipoise.errors import EquipoiseError
+from equipoise.engine.update import Held, Update, mark_used, refuse_unused
+from equipoise.errors import CombinationError, NonFiniteError
 from equipoise.linalg import finite_norm
-from equipoise.line_search.base import LatentLineSearch, LineSearch
-from equipoise.replay import RandomState, replayed
+from equipoise.line_search.base import LineSearch
+from equipoise.replay import RandomState, Replay
 from equipoise.report import StepReport
 from equipoise.sharpness import TaskSharpness
-from equipoise.weighting import EW
 
 
-class Step:
+class Step(Assembly):
     """One training step of several tasks: losses, weighting, aggregation, update.
 
     Args:
@@ -44,9 +39,11 @@ class Step:
         losses: task name -> callable(output, target) that returns the mean over the samples; the
             step is then called with inputs and targets. Or a list of the T task names: the step is
             then called with a closure that returns the losses.
-        optimizer: holds the model's parameters; any optimizer whose `step` needs no closure.
+        optimizer: holds the model's parameters; any optimizer whose `step` needs no closure. None:
+            somebody else makes the update; then only `backward` and `collect` can be called.
         weighting: how much each loss counts; a Weighting, or any callable from losses (T,) to
-            weighted losses (T,). None: EW. Its parameters get an optimizer group of their own.
+            weighted losses (T,). None: EW. Parameters of its own that `optimizer` does not hold
+            are learned by a small optimizer of the Step's own; yours is left as it is.
         aggregator: how the task gradients become one direction; an Aggregator, any callable from
             rows (T, P), which it leaves as they are, to (P,), or one of TorchJD's aggregators or
             Gramian weightings. None: Sum; with FastBacktracking MGDA.
@@ -66,6 +63,11 @@ class Step:
             "weighted": times the aggregator's coefficient of the task, as one backward of the sum
             of coefficient times weighted loss would give it; a negative one lets a head climb.
         clip_norm: bound on the norm of the whole update direction, heads included; None: none.
+        scaler: a torch.amp.GradScaler, for float16: losses are multiplied by its scale on their way
+            back, rows and gradients divided by it again. A step that overflows is skipped: the
+            scale falls, and nothing else changes. None: no scale.
+        on_nonfinite: a loss or a gradient that is not finite "raise"s a NonFiniteError that names
+            the task, or the step is left out ("skip"), which `StepReport.skipped` counts.
 
     Raises:
         TaskError: `losses` misses a task, or names one that the model does not have.
@@ -77,6 +79,8 @@ class Step:
     (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. A closure is called
     once, T + 2 times with TaskSharpness ("joint": T + 1, "joint-mean": 3), and once more for each
     trial of Backtracking and for FAMO. Memory: T x P numbers, none for loss-only recipes.
+    Hooks on tensors run as autograd calls them, once for each task's gradient; those that wait for
+    an accumulated gradient (register_post_accumulate_grad_hook) once, with the final one.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -90,22 +94,11 @@ class Step:
         torch.Size([2])
     """
 
-    tasks: tuple[str, ...]
-    weighting: Callable[..., Tensor]
-    aggregator: Callable[..., Tensor]
-    sharpness: TaskSharpness | None
-    line_search: LineSearch | None
-    clip_norm: float | None
-    _answers: dict[str, Any]
-    _stages: Stages
-    _network: Network
-    _rows: Rows | None
-
     def __init__(
         self,
         model: nn.Module,
         losses: Mapping[str, Callable[[Any, Any], Tensor]] | Iterable[str],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         weighting: Callable[..., Tensor] | None = None,
         aggregator: Callable[..., Tensor] | None = None,
         sharpness: TaskSharpness | None = None,
@@ -115,12 +108,13 @@ class Step:
         level: str | None = None,
         heads: str = "own",
         clip_norm: float | None = None,
+        scaler: Scaler | None = None,
+        on_nonfinite: str = "raise",
     ) -> None:
-        self.model, self.optimizer, self._shared = model, optimizer, shared
-        self._ranks, self._rows = Ranks(), None
-        self._take(
-            losses=losses, weighting=weighting, aggregator=aggregator, sharpness=sharpness,
-            line_search=line_search, level=level, heads=heads, clip_norm=clip_norm,
+        super().__init__(
+            model, optimizer, shared, losses=losses, weighting=weighting, aggregator=aggregator,
+            sharpness=sharpness, line_search=line_search, level=level, heads=heads,
+            clip_norm=clip_norm, scaler=scaler, on_nonfinite=on_nonfinite,
         )  # fmt: skip
 
     def __call__(
@@ -129,13 +123,13 @@ class Step:
         targets: Mapping[str, Any] | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> StepReport:
-        """Make one step.
+        """Make one step, with what has been collected before.
 
         Args:
             inputs: whatever the trunk takes; or the closure, which is called without arguments and
                 returns task name -> scalar loss, or -> (loss, number of samples) where processes
-                hold unequal parts. It must give the same losses when it is called again: draws
-                from torch's generators are repeated.
+                or micro-batches hold unequal parts. It must give the same losses when it is called
+                again: draws from torch's generators are repeated.
             targets: task name -> target. A task may be absent, here or from what the closure
                 returns: its own parameters are then left alone. Samples with a NaN in their target
                 do not count for that task.
@@ -145,21 +139,102 @@ class Step:
             TaskError: what is wrong with which task. A step that raises has changed nothing:
                 parameters, buffers, optimizer, stages and random generators are as before (only
                 the gradients of the step before are gone); but an error in the look at the updated
-                network for which FAMO asks leaves the step made.
+                network for which FAMO asks leaves the step made. What was collected stays if the
+                forward pass fails, and is gone if it fails later.
+            EquipoiseError: a parameter holds a gradient that no step has put there.
         """
-        stages, batch = self._stages, (inputs, targets, masks)
-        devices = {p.device for p in held_by(self.optimizer)}
-        copied, by_themselves = stages.changed
-        undoing = [*by_themselves, self._network]
-        with undone_on_error(self.model, devices, copied, undoing) as before:
-            out = stages.weighting.left_out
-            look = self._network.evaluate(batch, self._ranks, out, stages.looks_again)
-            before.names = look.presence.names
+        if self.optimizer is None:
+            raise CombinationError("Step(optimizer=None) makes no update; call step.backward.")
+        return self._make((inputs, targets, masks), updates=True)
+
+    def backward(
+        self,
+        inputs: Any,
+        targets: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> StepReport:
+        """Add the gradients of a step to `.grad`, and leave the update to somebody else.
+
+        The stages' own states move, a learned weighting's parameters included. With a scaler the
+        gradients are multiplied by its scale, for its owner to unscale, step and update as usual;
+        if they overflow, an infinite gradient tells it so. `clip_norm` bounds what is added.
+        Arguments and errors are those of a call of the step.
+
+        Raises:
+            CombinationError: a stage makes the update itself: a line search, FAMO.
+        """
+        stages = self._stages
+        if self.line_search is not None or stages.weighting.needs_losses_after:
+            who = type(self.line_search or self.weighting).__name__
+            raise CombinationError(f"backward and {who}: it makes the update itself. Call step().")
+        return self._make((inputs, targets, masks), updates=False)
+
+    def collect(
+        self,
+        inputs: Any,
+        targets: Mapping[str, Any] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Take in a micro-batch; the next step, or `backward`, treats all as one joint batch.
+
+        Losses are weighted by their numbers of samples: those with a label, or what the closure
+        gives with each loss, else 1. All processes make the same calls. An error in the backward
+        passes forgets what was collected. Arguments are those of a call of the step.
+
+        Returns:
+            (T,) losses of the micro-batch, NaN for an absent task.
+
+        Raises:
+            CombinationError: the rows are gradients of features, all of which would be needed.
+
+        Passes: 1 forward, T backwards; 1 forward where the coefficients are known beforehand, and
+        one of each more in the step. Memory: T x P numbers, or none; the micro-batch itself where
+        it is looked at again.
+        """
+        refuse_collecting(self._stages)
+        replay = Replay(self.model)
+        with self._undone_on_error() as before, replay.recording(None):
+            look = self._evaluate((inputs, targets, masks), before)
             if not before.names:
-                return StepReport.skipped(self.tasks)
-            self._network.forget_gradients()  # P numbers less while the rows are formed
+                return StepReport.nothing_done(self.tasks).losses
+            look = look.look()
+            losses = look.presence.spread(look.losses, torch.nan)
+            gathered, self._gathered = self._gathered, Gathered()
+            gathered.add(Part(look, replay), self._stages, self._buffer)
+            self._gathered = gathered
+        return losses
+
+    # ------------------------------------------------------------------ the data path
+
+    def _make(self, batch: Any, updates: bool) -> StepReport:
+        """Make a step, or leave it out if it is not finite."""
+        held = Held(self._network.parameters())
+        if updates:
+            refuse_unused(held, self._network)
+        try:
+            return self._follow(batch, updates, held)
+        except BaseException as error:
+            held.put_back()
+            if not (isinstance(error, NonFiniteError) and self._scaling.skips):
+                raise
+            self._gathered = Gathered()
+            self._scaling.skip(self.optimizer if updates else None)
+            if self._scaling.scaler is not None and not updates:
+                mark(held.parameters)
+            return StepReport.nothing_done(self.tasks, self._scaling.skipped)
+
+    def _follow(self, batch: Any, updates: bool, held: Held) -> StepReport:
+        stages = self._stages
+        with self._undone_on_error() as before:
+            look = self._joint(self._evaluate(batch, before), before)
+            if not before.names:
+                held.put_back()
+                return StepReport.nothing_done(self.tasks, self._scaling.skipped)
+            if updates:
+                held.forget()  # P numbers less while the rows are formed
             known = self._known(look)
             look = look.look(apart=known is None or bool((known != known[0]).any()))
+            self._gathered = Gathered()
             weighted = factors_of(stages.weighting, look.losses, look.presence, self.optimizer)
             factors, learned = weighted.factors, weighted.learned
             rows = second = found = None
@@ -183,11 +258,15 @@ class Step:
                 own = scaled(moved, factors)
             heads = own if stages.heads == "own" else scaled(own, result.coefficients)
 
-            norm = finite_norm(shared)
-            if norm is None or finite_norm(itertools.chain(*heads)) is None:
+            norm, of_heads = finite_norm(shared), finite_norm(itertools.chain(*heads))
+            if norm is None or of_heads is None:
                 raise self._not_finite(look, before.random)
-            update = Update(self.optimizer, self.clip_norm, look, stages.weighting.learnable)
-            if self.line_search is None:
+            self._scaling.refuse_overflow(max(norm, of_heads), look.shared)
+            parts = look, self._learner, self._scaling, held
+            update = Update(self.optimizer, self.clip_norm, *parts)
+            if not updates:
+                update.add(shared, heads, learned)
+            elif self.line_search is None:
                 update.step(shared, heads, learned)
             else:
                 clean = scaled(raw, factors) if second else own
@@ -195,37 +274,21 @@ class Step:
                 buffer = partial(self._buffer, look)
                 search = kind(look, stages, factors, clean, update, buffer, rows, second)
                 found, result, norm = search.along(result, shared, heads, learned)
-            report = StepReport.of(look.presence, look.losses, weighted, result, norm, found)
+            skipped = self._scaling.skipped
+            seen = look.presence, look.losses, weighted, result, norm
+            report = StepReport.of(*seen, found, skipped)
         if second:
             second.commit()
+        if updates:
+            mark_used((*look.shared, *itertools.chain(*look.own)))
         self._let_weighting_learn(look, report, before.random)
         return report
 
-    @property
-    def forms_gram(self) -> bool:
-        """Whether its reports hold inner products of task gradients."""
-        return self._stages.needs.rows is not None
-
-    # ------------------------------------------------------------------ its parts
-
-    def _known(self, look: Evaluation) -> Tensor | None:
-        """The coefficients, where they can be named before there are gradients."""
-        self._stages.begin(look.presence)
-        known = self._stages.known(len(look.presence.names))
-        return None if known is None else self._ranks.from_first(known)
-
-    def _buffer(self, look: Evaluation) -> Rows:
-        """The (T, P) buffer, made again only if the shared parameters have changed."""
-        if self._rows is None or not self._rows.fit(look.shared):
-            self._rows = None  # free the old one first
-            self._rows = Rows(look.shared, len(self.tasks), self._ranks)
-        return self._rows
-
-    def _not_finite(self, look: Evaluation, before: RandomState) -> EquipoiseError:
-        """The error for a gradient that is not finite: names the task, and costs a replay."""
-        before.restore()  # the same dropout masks again
-        again = look.repeated().look()
-        return again.not_finite(self._buffer(again))
+    def _not_finite(self, look: Evaluation, before: RandomState) -> NonFiniteError:
+        """The error for a gradient that is not finite; names the task, which costs a replay."""
+        if self._scaling.skips:  # nobody will read it
+            return NonFiniteError(None, "a gradient is not finite.")
+        return look.why_not_finite(before, partial(self._buffer, look))
 
     def _let_weighting_learn(
         self, look: Evaluation, report: StepReport, before: RandomState
@@ -233,65 +296,5 @@ class Step:
         """Show the weighting what it declares to need of the step that was made."""
         method = self._stages.weighting.method
         if method is not None and (method.needs_gram or method.needs_losses_after):
-            after = None
-            if method.needs_losses_after:
-                with torch.no_grad(), replayed(self.model, before):
-                    after = look.repeated().losses_or_nan()
+            after = look.losses_now(before) if method.needs_losses_after else None
             method.observe(report.losses, look.presence.present, report.gram, after)
-
-    # ------------------------------------------------------------------ at the beginning
-
-    def _take(self, losses: Any, clip_norm: float | None, **stages: Any) -> None:
-        """Take the answers to the four questions, if they go together."""
-        latent = isinstance(stages["line_search"], LatentLineSearch)
-        usual = {"weighting": EW(), "aggregator": MGDA() if latent else Sum()}
-        stages |= {place: stage for place, stage in usual.items() if stages[place] is None}
-        found, now = Stages.of(**stages, descending=MGDA()), self.__dict__
-        if losses is now.get("losses"):
-            network: Network = self._network  # which keeps what it knows
-        else:
-            network = network_of(self.model, losses, self.optimizer, self._shared, found.needs)
-        refuse_senseless(found, network, self.optimizer, clip_norm)
-        found.agree(self._ranks)
-        adopt(self.optimizer, found.weighting, now.get("_stages"))
-        answers = {"losses": network.losses, "clip_norm": clip_norm, **stages}
-        now.update(answers, _answers=answers, level=found.level, tasks=network.tasks)
-        now.update(_stages=found, _network=network, _shared=network.shared)
-        network.needs = found.needs
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Another answer to one of the questions is checked as when the Step was built."""
-        if name in self.__dict__.get("_answers", ()):
-            self._take(**{**self._answers, name: value})
-        elif name in ("model", "optimizer", "shared") and "_answers" in self.__dict__:
-            raise EquipoiseError(f"a Step keeps its {name}; build a new Step, and load the state.")
-        else:
-            super().__setattr__(name, value)
-
-    # ------------------------------------------------------------------ state
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of all that the next step depends on.
-
-        That is the model, the optimizer, the stages, the state of torch's global random
-        generators, from which dropout draws, and with a closure what the tasks have reached.
-        """
-        return saved(self._stateful(), self._stages.names(), self.model)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken: the next step will be the same, bit for bit.
-
-        Raises:
-            EquipoiseError: the state belongs to a Step with other stages or another model;
-                nothing has changed then.
-        """
-        load(state, self._stateful(), self._stages.names(), self.model)
-
-    def _stateful(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            **held_outside(self.model, self.optimizer, self._stages.weighting.learnable),
-            **self._stages.stateful,
-            "network": self._network,
-        }

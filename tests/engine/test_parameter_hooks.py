@@ -116,7 +116,8 @@ def test_what_grad_holds_does_not_leak_into_a_row(hooked: bool) -> None:
         p.grad = torch.full_like(p, 10.0 + k)
     held = [p.grad for p in (*parameters, *own)]
     seed = torch.tensor(3.0, dtype=torch.float64)
-    found = rows.renew(1, loss(), seed, minus_old=True, also=own)
+    rows.renew(1, minus_old=True)
+    found = rows.receive(1, loss(), seed, also=own)
     for piece, gradient in zip(rows.pieces(rows.buffer[1]), wanted[:2], strict=True):
         torch.testing.assert_close(piece, 3 * gradient - 1)
     for gradient, other in zip(found, wanted[2:], strict=True):
@@ -137,6 +138,6 @@ def test_what_grad_holds_is_there_after_an_error() -> None:
 
     p.register_hook(fail)
     with pytest.raises(RuntimeError, match="stop"):
-        rows.renew(0, p.square().sum(), None, minus_old=False)
+        rows.receive(0, p.square().sum(), None)
     assert p.grad is before
     assert not p._post_accumulate_grad_hooks

@@ -154,7 +154,7 @@ class Wrapper:
     """As the one of schedule-free: no Optimizer, but all that one has."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
-        self.base = base
+        self.base = self.optimizer = base
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
@@ -183,7 +183,7 @@ class Half:
         (lambda ps: WrapperThatWants(torch.optim.SGD(ps)), "wants the argument 'scale'"),
         (lambda ps: Half(torch.optim.SGD(ps)), "optimizer is a Half without zero_grad"),
         (lambda ps: torch.optim.SGD, "give a torch.optim.Optimizer"),
-        (lambda ps: None, "optimizer is a NoneType"),
+        (lambda ps: [1], "optimizer is a list; give a torch.optim.Optimizer"),
     ],
 )
 def test_optimizers_that_are_refused(make: Any, message: str, form: str) -> None:
@@ -230,15 +230,10 @@ def test_the_wrapper_of_schedule_free() -> None:
 
 
 def test_a_wrapper_of_plain_sgd_serves_a_line_search() -> None:
-    class Holds(Wrapper):
-        @property
-        def optimizer(self) -> torch.optim.Optimizer:
-            return self.base
-
     model = linear_model()
-    optimizer: Any = Holds(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer: Any = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     step = eq.Step(model, LOSSES, optimizer, None, eq.MGDA(), None, eq.Backtracking())
     assert step(*regression_batch(TWO)).accepted
-    optimizer = Holds(torch.optim.Adam(model.parameters()))
+    optimizer = Wrapper(torch.optim.Adam(model.parameters()))
     with pytest.raises(eq.CombinationError, match="Backtracking and Adam"):
         eq.Step(model, LOSSES, optimizer, None, eq.MGDA(), None, eq.Backtracking())

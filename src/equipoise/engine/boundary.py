@@ -53,6 +53,10 @@ class Boundary:
             copy[i] = copy[i].detach().requires_grad_()
         return copy
 
+    def join(self, n_tasks: int) -> None:
+        """From now on one detached copy for so many heads."""
+        self._copies = self._copies[:1] * n_tasks
+
     def of(self, k: int) -> Any:
         """The features as the k-th head sees them."""
         return pytree.tree_unflatten(self._copies[k], self._spec)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from equipoise.engine.adapters import AggregatorStage
 from equipoise.engine.evaluation import Network
+from equipoise.engine.learner import held_by
 from equipoise.engine.stages import Stages
-from equipoise.engine.update import held_by
 from equipoise.engine.wrappers import refuse_compiled
 from equipoise.errors import CombinationError, TaskError, nearest
 from equipoise.line_search.base import LineSearch
@@ -50,7 +50,7 @@ def shared_trunk(model: nn.Module, losses: Mapping[str, Any], shared: Any) -> Sh
 def refuse_senseless(
     stages: Stages,
     network: Network,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     clip_norm: float | None,
 ) -> None:
     """Check the parts of a step against each other; they are not used yet.
@@ -76,12 +76,28 @@ def refuse_senseless(
             f"{stages.weighting.name}(n_tasks={method.n_tasks}) and a model with "
             f"{len(network.tasks)} tasks: give n_tasks={len(network.tasks)}."
         )
+    if optimizer is None:
+        _refuse_what_needs_the_update(stages)
+        return
     held = set(held_by(optimizer))
     if not any(p in held for p in network.module.parameters()):
         raise ValueError("the optimizer holds none of the model's parameters.")
     if stages.line_search is not None:
         _refuse_senseless_search(stages.line_search, stages.aggregator, optimizer, clip_norm)
         _refuse_parameters_left_out(stages.line_search, network.module, held)
+
+
+def _refuse_what_needs_the_update(stages: Stages) -> None:
+    """Without an optimizer there are only gradients."""
+    who = None if stages.line_search is None else type(stages.line_search).__name__
+    method = stages.weighting.method
+    if method is not None and (method.needs_losses_after or method.needs_lr):
+        who = who or stages.weighting.name
+    if who is not None:
+        raise CombinationError(
+            f"{who} and no optimizer: it needs to know how the step is made. Give the Step the "
+            "optimizer."
+        )
 
 
 def _refuse_senseless_level(stages: Stages, network: Network) -> None:

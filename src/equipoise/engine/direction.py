@@ -135,12 +135,14 @@ class FeatureGradients:
         outputs: the outputs of the trunk through which gradients reach it.
         factors: (T,) what multiplies each task's gradients.
         ranks: the processes that train together.
+        scale: what `sent_back` has been multiplied by, so that it does not vanish.
     """
 
     sent_back: Sequence[Gradients]
     outputs: Sequence[Tensor]
     factors: Tensor
     ranks: Ranks
+    scale: float = 1.0
 
     def gram(self) -> Tensor:
         """(T, T) inner products, float64 on the CPU."""
@@ -148,6 +150,8 @@ class FeatureGradients:
         if not self.outputs:
             return torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu")
         gram = self.ranks.sum(feature_gram(self.sent_back)).cpu()
+        if self.scale != 1.0:
+            gram = gram / self.scale**2
         if all(factor == 1.0 for factor in self.factors.tolist()):
             return gram
         return gram * torch.outer(self.factors, self.factors).to(gram)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.gradients import Gradients, divided
 from equipoise.engine.ranks import Ranks
-from equipoise.engine.rows import Rows
+from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence
-from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
+from equipoise.errors import NOT_FINITE, NonFiniteError
 from equipoise.linalg import finite_norm
+from equipoise.replay import RandomState, replayed
 
 Moving = Callable[[int], AbstractContextManager[Any]]
 """Position of a present task -> a context in which that task's own parameters are moved."""
@@ -38,13 +39,35 @@ class Evaluation(ABC):
         own: for each present task the parameters that follow its own loss.
         losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
             called.
+        scale: what losses are multiplied by on their way back, so that half-precision gradients do
+            not vanish; what comes out is divided by it.
     """
 
     presence: Presence
     ranks: Ranks
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The network."""
+
     shared: list[Tensor]
     own: list[list[Tensor]]
     losses: Tensor
+    scale: float = 1.0
+
+    @property
+    def parts(self) -> Sequence[Evaluation]:
+        """The batches that are looked at one after the other, in the positions of this one."""
+        return [self]
+
+    @abstractmethod
+    def be_part_of(self, joint: Presence) -> None:
+        """Take the positions and shares of a larger batch; before `look`, or after `rest`."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Let go of what only the first backward passes need."""
 
     @abstractmethod
     def look(self, apart: bool = True) -> Evaluation:
@@ -67,7 +90,7 @@ class Evaluation(ABC):
         """The same batch once more, as if it were new."""
 
     @abstractmethod
-    def fill(self, rows: Rows) -> list[Gradients]:
+    def fill(self, rows: TakesRows) -> list[Gradients]:
         """Fill a row with each present task's gradient of the shared parameters.
 
         Costs T' backward passes. Returns the gradients of each task's own parameters.
@@ -119,19 +142,23 @@ class Evaluation(ABC):
         if value is not None and value.requires_grad and self.own[k]:
             seed = self.seed(k, value)
             found = list(torch.autograd.grad(value, self.own[k], seed, allow_unused=True))
-        return self.ranks.sum_gradients(found, self.own[k])
+        return self.ranks.sum_gradients(self.unscaled(found), self.own[k])
 
     def seed(self, k: int, value: Tensor, weight: float = 1.0) -> Tensor:
-        """What the loss of the k-th present task is multiplied by: this process's share of it."""
-        return value.new_tensor(weight * self.presence.parts[k])
+        """What goes backward from the loss of the k-th present task: this process's share of it."""
+        return value.new_tensor(weight * self.presence.parts[k] * self.scale)
+
+    def unscaled(self, gradients: Gradients) -> Gradients:
+        """Gradients without the scale of the losses."""
+        return divided(gradients, self.scale)
 
     def weighted(
         self, values: Sequence[Tensor | None], weights: Sequence[float]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The losses of this process that have a graph, and what each is multiplied by."""
-        parts = self.presence.parts
+        parts, scale = self.presence.parts, self.scale
         found = [
-            (value, weight * part)
+            (value, weight * part * scale)
             for value, weight, part in zip(values, weights, parts, strict=True)
             if value is not None and value.requires_grad
         ]
@@ -150,7 +177,7 @@ class Evaluation(ABC):
             common = known[0].device
             numbers = torch.stack([value.to(common) for value in known])
             here[[value is not None for value in values]] = numbers.to("cpu", torch.float64)
-        return self.ranks.sum(here if self.ranks.alone else here * self.presence.shares)
+        return self.ranks.sum(here if self.presence.is_whole else here * self.presence.shares)
 
     def refuse_infinite_losses(self) -> None:
         """Raise NonFiniteError if a loss is NaN or infinite."""
@@ -160,28 +187,48 @@ class Evaluation(ABC):
                     task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
                 )
 
-    def losses_or_nan(self) -> Tensor:
-        """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""
-        try:
-            losses = self.look().losses
-        except NonFiniteError:  # the next step will say so
-            return torch.full(
-                self.presence.present.shape, torch.nan, dtype=torch.float64, device="cpu"
-            )
+    def losses_now(self, before: RandomState) -> Tensor:
+        """(T,) losses of the batch with the parameters as they are by now, NaN where absent.
+
+        Args:
+            before: from where the first look has drawn.
+
+        Returns:
+            All NaN if one is not finite: the next step will say so.
+        """
+        with torch.no_grad(), replayed(self.module, before):
+            try:
+                losses = self.repeated().look().losses
+            except NonFiniteError:
+                return torch.full(
+                    self.presence.present.shape, torch.nan, dtype=torch.float64, device="cpu"
+                )
         return self.presence.spread(losses, torch.nan)
 
-    def not_finite(self, rows: Rows) -> EquipoiseError:
+    def why_not_finite(self, before: RandomState, buffer: Callable[[], Rows]) -> NonFiniteError:
         """The error for gradients that are not finite, which names the first task; slow.
 
         Args:
-            rows: a buffer that may be filled.
+            before: from where the first look has drawn; the generators go back there.
+            buffer: gives rows that may be filled.
         """
-        own = self.fill(rows)
-        lengths = rows.gram().diagonal()
-        for k, task in enumerate(self.presence.names):
-            if finite_norm(own[k]) is None or not bool(torch.isfinite(lengths[k])):
-                return NonFiniteError(task, NOT_FINITE)
-        return EquipoiseError("each task's gradient is finite, but together they overflow.")
+        before.restore()  # the same dropout masks again
+        again = self.repeated().look()
+        rows = buffer()
+        own = again.fill(rows)
+        return first_not_finite(again.presence.names, own, rows)
+
+
+def first_not_finite(
+    names: Sequence[str], own: Sequence[Gradients], rows: Rows | None
+) -> NonFiniteError:
+    """The error that names the first task with a gradient that is not finite."""
+    lengths = None if rows is None else rows.gram().diagonal()
+    for k, task in enumerate(names):
+        in_rows = lengths is not None and not bool(torch.isfinite(lengths[k]))
+        if in_rows or finite_norm(own[k]) is None:
+            return NonFiniteError(task, NOT_FINITE)
+    return NonFiniteError(None, "each task's gradient is finite, but together they overflow.")
 
 
 class Network(ABC):
@@ -229,5 +276,10 @@ class Network(ABC):
         """Take over what `state_dict` gave."""
 
     @abstractmethod
-    def forget_gradients(self) -> None:
-        """Free the gradients of all parameters that a step may give one to."""
+    def parameters(self) -> Iterable[Tensor]:
+        """All parameters that a step may give a gradient to."""
+
+    def name(self, parameter: Tensor) -> str:
+        """What a message calls a parameter."""
+        names = {p: f"parameter {name!r}" for name, p in self.module.named_parameters()}
+        return names.get(parameter, "a parameter of a loss")

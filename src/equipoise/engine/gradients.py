@@ -36,6 +36,21 @@ def scaled(own: Sequence[Gradients], factors: Tensor | None) -> Sequence[Gradien
     return [[None if g is None else next(found) for g in of_one] for of_one in own]
 
 
+def divided(gradients: Gradients, scale: float) -> Gradients:
+    """The gradients, new ones, without a scale; the same ones if it is 1."""
+    there = [g for g in gradients if g is not None]
+    if scale == 1.0 or not there:
+        return gradients
+    found = iter(torch._foreach_mul(there, 1 / scale))
+    return [None if g is None else next(found) for g in gradients]
+
+
+def summed(a: Gradients, b: Gradients) -> Gradients:
+    """The sum of two lists; None only where both have none. May give a tensor of theirs."""
+    pairs = zip(a, b, strict=True)
+    return [y if x is None else x if y is None else added(x, y) for x, y in pairs]
+
+
 def by_parameter(
     parameters: Sequence[Sequence[Tensor]], gradients: Sequence[Gradients]
 ) -> tuple[list[Tensor], Gradients]:
@@ -100,8 +115,9 @@ def add_gradients(
     seed: Tensor | None,
     inputs: Sequence[Tensor],
     retain_graph: bool,
+    factor: float = 1.0,
 ) -> Gradients:
-    """Add gradients of the first inputs to real views; return those of the other inputs.
+    """Add gradients of the first inputs, times a factor, to real views; return the other ones.
 
     One parameter after the other, so that no list of them is held; all at once if one of them has
     hooks of the user's on what arrives in `.grad`, which wait for the final one. What `.grad`
@@ -113,17 +129,18 @@ def add_gradients(
         seed: what multiplies it.
         inputs: leaves.
         retain_graph: whether the graph is kept.
+        factor: of what is added; what is returned is not multiplied.
     """
     n = len(views)
     if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in inputs):
         found = torch.autograd.grad(loss, inputs, seed, retain_graph, allow_unused=True)
         for view, gradient in zip(views, found, strict=False):
             if gradient is not None:
-                view.add_(real(gradient))
+                view.add_(real(gradient), alpha=factor)
         return list(found[n:])
     held = [p.grad for p in inputs]
     hooks = [
-        p.register_post_accumulate_grad_hook(partial(_move, view))
+        p.register_post_accumulate_grad_hook(partial(_move, view, factor))
         for p, view in zip(inputs, views, strict=False)
     ]
     try:
@@ -138,8 +155,8 @@ def add_gradients(
             p.grad = gradient
 
 
-def _move(view: Tensor, parameter: Tensor) -> None:
+def _move(view: Tensor, factor: float, parameter: Tensor) -> None:
     """Take a gradient that has just come in over to where it belongs."""
     if parameter.grad is not None:
-        view += real(parameter.grad)
+        view.add_(real(parameter.grad), alpha=factor)
         parameter.grad = None

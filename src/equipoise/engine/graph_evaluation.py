@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from equipoise.engine.evaluation import Evaluation, Moving, Network
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.partition import Partition
 from equipoise.engine.ranks import Ranks
-from equipoise.engine.rows import Rows
+from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
 from equipoise.errors import EquipoiseError, TaskError, nearest
@@ -63,10 +63,9 @@ class GraphNetwork(Network):
             )
         return GraphEvaluation(self, closure, ranks, left_out, again)
 
-    def forget_gradients(self) -> None:
-        """Free the gradients of all parameters that are known."""
-        for parameter in self.partition.names:
-            parameter.grad = None
+    def parameters(self) -> Iterable[Tensor]:
+        """All that are known."""
+        return self.partition.names
 
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
@@ -117,7 +116,21 @@ class GraphEvaluation(Evaluation):
             found = self._call()
         counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
         self.presence = Presence(network.tasks, counts, ranks)
-        self.values = self._of_present(found)
+        self._found = found
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+        return self.network.module
+
+    def be_part_of(self, joint: Presence) -> None:
+        """Take the positions and shares of a larger batch."""
+        self.presence = self.presence.part_of(joint)
+        self.own = [self.network.partition.own(task) for task in self.presence.names]
+
+    def rest(self) -> None:
+        """Let go of the losses."""
+        self._found, self.values = {}, []
 
     def _call(self) -> dict[str, tuple[Tensor, float]]:
         """Task name -> loss and number of samples, checked."""
@@ -156,6 +169,8 @@ class GraphEvaluation(Evaluation):
     def look(self, apart: bool = True) -> Evaluation:
         """Find out what is shared; the closure has been called already."""
         network, partition = self.network, self.network.partition
+        self.values = self._of_present(self._found)
+        self._found = {}
         values = zip(self.presence.names, self.values, strict=True)
         partition.update({task: v for task, v in values if v is not None}, self.ranks)
         if network.needs.owners is not None:
@@ -174,7 +189,9 @@ class GraphEvaluation(Evaluation):
     def repeated(self) -> GraphEvaluation:
         """Call the closure once more, as for a new batch."""
         out = frozenset(self.network.tasks.index(task) for task in self.left_out)
-        return GraphEvaluation(self.network, self.closure, self.ranks, out, again=False)
+        again = GraphEvaluation(self.network, self.closure, self.ranks, out, again=False)
+        again.presence, again.scale = again.presence.part_of(self.presence), self.scale
+        return again
 
     # ------------------------------------------------------------------ backward
 
@@ -185,9 +202,10 @@ class GraphEvaluation(Evaluation):
         ends, starts = self.weighted(values, weights)
         if not ends or not of:
             return [None] * len(of)
-        return list(torch.autograd.grad(ends, of, starts, retain_graph=True, allow_unused=True))
+        found = torch.autograd.grad(ends, of, starts, retain_graph=True, allow_unused=True)
+        return self.unscaled(list(found))
 
-    def fill(self, rows: Rows) -> list[Gradients]:
+    def fill(self, rows: TakesRows) -> list[Gradients]:
         """One backward for each task through the whole graph, which is freed."""
         rows.clear()
         found, cut = [], len(self.shared)

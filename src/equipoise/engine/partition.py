@@ -37,7 +37,7 @@ class Partition:
         self,
         module: nn.Module,
         tasks: Iterable[str],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         shared: Shared | None,
         own: Mapping[str, Iterable[Tensor]] | None = None,
     ) -> None:
@@ -240,12 +240,12 @@ def _refuse_compiled(losses: Mapping[str, Tensor]) -> None:
             )
 
 
-def outside(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def outside(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """The parameters that the optimizer holds and the network does not, as those of a loss."""
     inside = set(module.parameters())
     return {
         f"optimizer parameter {i} of group {g}": p
-        for g, group in enumerate(optimizer.param_groups)
+        for g, group in enumerate(() if optimizer is None else optimizer.param_groups)
         for i, p in enumerate(group["params"])
         if p not in inside
     }

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from equipoise.engine.columns import Columns
 from equipoise.engine.gradients import Gradients, add_gradients
 from equipoise.engine.layout import Layout
 from equipoise.engine.ranks import Ranks
-from equipoise.engine.wrappers import is_spread
 from equipoise.errors import EquipoiseError
-from equipoise.linalg import combine_rows, gram_matrix, inner_products, real, shaped
+from equipoise.linalg import combine_rows, gram_matrix, inner_products, real
+
+
+class TakesRows(Protocol):
+    """What an evaluation can fill."""
+
+    def clear(self) -> None:
+        """Forget what was filled."""
+
+    def add(self, gradients: Sequence[Tensor | None], /) -> None:
+        """Take the next row."""
 
 
 class Rows:
@@ -42,36 +53,16 @@ class Rows:
     """
 
     def __init__(self, parameters: Sequence[Tensor], n_tasks: int, ranks: Ranks) -> None:
-        devices = {p.device for p in parameters}
-        if len(devices) > 1:
-            raise EquipoiseError(
-                f"the shared parameters lie on several devices ({sorted(map(str, devices))}); "
-                "rows need them on one."
-            )
         self.parameters = list(parameters)
+        self.columns = Columns(parameters)
         self.ranks = ranks
-        if any(is_spread(p) for p in self.parameters):
-            raise EquipoiseError(
-                "a shared parameter is a DTensor, spread over processes (fully_shard, tensor "
-                "parallelism); rows need it whole. Use the module without."
-            )
-        self._sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]
-        dtype = _row_dtype(parameters)
-        columns = -(-sum(self._sizes) // ranks.size)
-        device = devices.pop() if devices else None
+        columns = -(-self.columns.total // ranks.size)
+        dtype, device = self.columns.dtype, self.columns.device
         self.buffer = torch.empty(n_tasks, columns, dtype=dtype, device=device)
         self._whole = None if ranks.alone else self.buffer.new_zeros(columns * ranks.size)
         whole_rows = self.buffer if self._whole is None else [self._whole] * n_tasks
-        self._views = [self._split(row) for row in whole_rows]
+        self._views = [self.columns.split(row) for row in whole_rows]
         self.clear()
-
-    def _split(self, row: Tensor) -> list[Tensor]:
-        """Real views of a row, (..., 2) for a complex parameter."""
-        pieces = row[: sum(self._sizes)].split(self._sizes)
-        return [
-            piece.view(real(p.detach()).shape)
-            for piece, p in zip(pieces, self.parameters, strict=True)
-        ]
 
     def __reduce__(self) -> tuple:
         """Copies and pickles are empty buffers: the views of a pickled one would be no views."""
@@ -79,12 +70,7 @@ class Rows:
 
     def fit(self, parameters: Sequence[Tensor]) -> bool:
         """Whether this buffer serves for these parameters, as they are now."""
-        return (
-            len(parameters) == len(self.parameters)
-            and all(p is own for p, own in zip(parameters, self.parameters, strict=True))
-            and all(p.device == self.buffer.device for p in parameters)
-            and _row_dtype(parameters) == self.buffer.dtype
-        )
+        return self.columns.fit(parameters)
 
     def clear(self) -> None:
         """Forget which rows were filled and which parameters they reached."""
@@ -112,6 +98,34 @@ class Rows:
         self._filled += 1
         self._version = self.buffer._version
 
+    # ------------------------------------------------------------------ sums of several batches
+
+    def begin_sums(self) -> None:
+        """From now on each row of the T is a sum, so far of nothing."""
+        self.clear()
+        self.buffer.zero_()
+
+    def add_to(self, k: int, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Add gradients, times a factor, to row k of all T; None counts as zeros."""
+        if self._whole is not None:
+            self._whole.zero_()
+        for i, view in enumerate(self._views[k]):
+            gradient = gradients[i]
+            if gradient is not None:
+                view.add_(real(gradient), alpha=factor)
+                self._layout.note(i, gradient)
+        if self._whole is not None:
+            self.buffer[k].add_(self._scattered())
+
+    def end_sums(self, which: Sequence[int], totals: Sequence[float]) -> None:
+        """Let the rows be those of the sums at positions `which`, divided by these totals."""
+        for k, (i, total) in enumerate(zip(which, totals, strict=True)):
+            torch.div(self.buffer[i], total, out=self.buffer[k])
+        self._filled = len(which)
+        self._version = self.buffer._version
+
+    # ------------------------------------------------------------------ what is asked of them
+
     def refuse_changes(self) -> None:
         """Refuse to go on with rows that somebody has written into since they were filled.
 
@@ -126,18 +140,17 @@ class Rows:
 
     def full_row(self, k: int) -> Tensor:
         """(P,) row k on every process."""
-        return self.ranks.gather(self.buffer[k])[: sum(self._sizes)]
+        return self.ranks.gather(self.buffer[k])[: self.columns.total]
 
     def mean(self) -> Tensor:
         """(P,) the mean of the filled rows on every process."""
         if self.factors is None:
-            return self.ranks.gather(self.filled.mean(0))[: sum(self._sizes)]
-        return self.combine(torch.full_like(self.factors, 1 / self._filled))[: sum(self._sizes)]
+            return self.ranks.gather(self.filled.mean(0))[: self.columns.total]
+        return self.combine(torch.full_like(self.factors, 1 / self._filled))[: self.columns.total]
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector (P,), shaped as the parameters; views where these are real."""
-        real_ones = zip(self._split(vector), self.parameters, strict=True)
-        return [shaped(piece, p) for piece, p in real_ones]
+        return self.columns.pieces(vector)
 
     def stay(self, k: int, minus_old: bool) -> None:
         """As `renew` with the gradient that row k already is."""
@@ -145,16 +158,21 @@ class Rows:
             self.buffer[k].zero_()
             self._gram = None
 
-    def renew(
+    def renew(self, k: int, minus_old: bool) -> None:
+        """Row k becomes what `receive` brings from now on; less the old row, if so."""
+        row, self._gram = self.buffer[k], None
+        _ = row.neg_() if minus_old else row.zero_()
+
+    def receive(
         self,
         k: int,
         loss: Tensor | None,
         seed: Tensor | None,
-        minus_old: bool,
         also: Sequence[Tensor] = (),
         retain_graph: bool = False,
+        scale: float = 1.0,
     ) -> Gradients:
-        """Row k becomes the gradient of a loss; less the old row, if so. One backward pass.
+        """Row k grows by the gradient of a loss, divided by `scale`: one backward pass.
 
         The gradients go from the graph to the row one parameter after the other: no second list
         of them is ever held, unless a parameter has hooks of the user's on what arrives in
@@ -164,25 +182,28 @@ class Rows:
             k: which row.
             loss: a scalar with a graph; None: zeros, for this process has no sample.
             seed: what multiplies the loss.
-            minus_old: whether the old row is subtracted.
             also: other parameters.
             retain_graph: whether the graph is kept.
+            scale: by what the row's part is divided.
 
         Returns:
-            The gradients of `also`, of this process.
+            The gradients of `also`, of this process, not divided.
         """
-        row, self._gram = self.buffer[k], None
-        _ = row.neg_() if minus_old else row.zero_()
         if self._whole is not None:
             self._whole.zero_()
         inputs, found = [*self.parameters, *also], [None] * len(also)
         if loss is not None and inputs:
-            found = add_gradients(self._views[k], loss, seed, inputs, retain_graph)
+            found = add_gradients(self._views[k], loss, seed, inputs, retain_graph, 1 / scale)
         if self._whole is not None:
-            piece = torch.empty_like(row)
-            self.ranks.scatter_sum(self._whole, piece)
-            row.add_(piece)
+            self.buffer[k].add_(self._scattered())
         return found
+
+    def _scattered(self) -> Tensor:
+        """This process's slice of the sum over all processes of the row that each has filled."""
+        assert self._whole is not None
+        piece = torch.empty_like(self.buffer[0])
+        self.ranks.scatter_sum(self._whole, piece)
+        return piece
 
     @property
     def filled(self) -> Tensor:
@@ -223,11 +244,7 @@ class Rows:
 
     def joined(self, pieces: Gradients) -> Tensor:
         """(P,) one vector from pieces shaped as the parameters; None is zeros."""
-        vector = self.buffer.new_zeros(sum(self._sizes))
-        for view, piece in zip(self._split(vector), pieces, strict=True):
-            if piece is not None:
-                view.add_(real(piece))  # which may be sparse
-        return vector
+        return self.columns.joined(pieces)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """(P,) sum of coefficient times row; precise where large ones cancel, after `gram`."""
@@ -240,7 +257,7 @@ class Rows:
     def whole(self) -> Tensor:
         """(filled, P) the rows in full on every process: for what needs more than products."""
         self.multiply()
-        return self.ranks.gather(self.filled)[:, : sum(self._sizes)]
+        return self.ranks.gather(self.filled)[:, : self.columns.total]
 
     def per_parameter(self, direction: Tensor) -> Gradients:
         """The pieces of a direction, shaped as the parameters; None where no row reached."""
@@ -248,14 +265,6 @@ class Rows:
         pieces = self.pieces(direction)
         summed = self.ranks.sum(flags).tolist()
         return self._layout.gradients(self.parameters, pieces, summed, self.ranks.sum)
-
-
-def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    """That of the parameters, but single precision for half-precision ones."""
-    dtype = torch.float32
-    for dtype_of_one in {p.dtype for p in parameters}:
-        dtype = torch.promote_types(dtype, dtype_of_one)
-    return dtype.to_real()
 
 
 def gram_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

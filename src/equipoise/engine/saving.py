@@ -16,6 +16,9 @@ from equipoise.engine.stages import Stateful
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.replay import RandomState, UndoesItself, devices_of, unchanged_on_error
 
+MAY_BE_EMPTY = ("network", "learner", "scaling")
+"""Parts that often have no state."""
+
 
 @dataclass
 class Before:
@@ -55,7 +58,7 @@ def undone_on_error(
 
 
 def held_outside(
-    module: nn.Module, optimizer: torch.optim.Optimizer, saved_elsewhere: Iterable[Tensor]
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, saved_elsewhere: Iterable[Tensor]
 ) -> dict[str, Stateful]:
     """What only the optimizer holds and nothing else saves, as the parameters of a loss.
 
@@ -105,8 +108,9 @@ def saved(
         model: says on which devices draws are made.
     """
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-    if not state["network"]:
-        del state["network"]  # as in files that know nothing of a network's structure
+    for name in MAY_BE_EMPTY:
+        if not state[name]:
+            del state[name]  # as in files that know nothing of it
     state["random"] = RandomState(devices_of(model)).state_dict()
     state["stages"] = dict(stages)
     return deepcopy(state)
@@ -137,7 +141,7 @@ def load(
 
 def _load(state: Mapping[str, Any], parts: Mapping[str, Stateful], model: nn.Module) -> None:
     for name, part in parts.items():
-        theirs = state.get(name, {}) if name == "network" else state[name]
+        theirs = state.get(name, {}) if name in MAY_BE_EMPTY else state[name]
         part.load_state_dict(deepcopy(theirs))
     random = RandomState(devices_of(model))
     random.load_state_dict(state["random"])

@@ -165,10 +165,10 @@ class Search:
         promised: Tensor,
     ) -> Found:
         """To where the optimizer would go, if that is downwards for every task."""
-        optimizer = self.update.optimizer
+        optimizers = self.update.optimizers
         parameters = [*self.evaluation.shared, *itertools.chain(*self.evaluation.own)]
-        before = Displaced([*parameters, *self.update.learnable])
-        state = deepcopy(optimizer.state_dict())
+        before = Displaced([*parameters, *self.update.learner.parameters])
+        states = [deepcopy(optimizer.state_dict()) for optimizer in optimizers]
         found = None
         try:
             before.moved_by_others()
@@ -189,7 +189,8 @@ class Search:
         finally:
             if found is None or not found.accepted:
                 before.back()
-                optimizer.load_state_dict(state)
+                for optimizer, state in zip(optimizers, states, strict=True):
+                    optimizer.load_state_dict(state)
 
     # ------------------------------------------------------------------ first-order decreases
 

@@ -15,7 +15,7 @@ from equipoise.engine.adapters import AggregatorStage
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.displaced import Displaced
 from equipoise.engine.evaluation import Evaluation
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.gradients import Gradients, divided, summed
 from equipoise.engine.rows import Rows
 from equipoise.errors import NonFiniteError
 from equipoise.linalg import finite_norm, length
@@ -155,7 +155,7 @@ class SecondLook:
             if k is not None:  # else they overflow together, which is no task's fault
                 raise self._too_far(k, "gradient")
 
-    def _too_far(self, task: int | str, what: str) -> NonFiniteError:
+    def _too_far(self, task: int | str | None, what: str) -> NonFiniteError:
         radii = f"rho={self.sharpness.rho} and rho_task={self.sharpness.rho_head}"
         problem = f"{what} at its perturbed point is not finite, with {radii}. Lower them."
         return NonFiniteError(task, problem)
@@ -181,11 +181,12 @@ class SecondLook:
             moving = moved(trunk, sharp, sharp.rho)
             del trunk  # where it is no row it is P numbers more
             with moving:
+                rows.renew(k, sharp.decompose)  # not before: it may be what the trunk climbs along
                 if sharp.moves_both:
                     with moved(head, sharp, sharp.rho_head):
-                        found.append(self._renew(k, self._losses([k])[0], head.parameters))
+                        found.append(self._looked_at_again(k, head.parameters))
                 else:
-                    self._renew(k, self._losses([k])[0])
+                    self._looked_at_again(k)
         return found if sharp.moves_both else self._own_moved()
 
     def _fill_from(self, trunk: Group) -> None:
@@ -198,8 +199,11 @@ class SecondLook:
         moving = moved(trunk, self.sharpness, self.sharpness.rho)
         del trunk
         with moving:
-            for k, value in enumerate(self._losses(tasks)):
-                self._renew(k, value, retain_graph=k + 1 < len(tasks))
+            for k in tasks:
+                self.rows.renew(k, self.sharpness.decompose)
+            for part in self.evaluation.parts:
+                for k, value in enumerate(self._losses(part, tasks)):
+                    self._receive(part, k, value, retain_graph=k + 1 < len(tasks))
 
     def _own_moved(self) -> list[Gradients]:
         """Gradients of own parameters at their perturbed points, the shared ones being clean."""
@@ -218,23 +222,30 @@ class SecondLook:
 
         return self.evaluation.own_again(tasks, moving) if tasks else []
 
-    def _renew(
+    def _looked_at_again(self, k: int, also: Sequence[Tensor] = ()) -> Gradients:
+        """Row k from where the parameters are now; and the gradients of some other parameters."""
+        total: Gradients = [None] * len(also)
+        for part in self.evaluation.parts:
+            found = self._receive(part, k, self._losses(part, [k])[0], also)
+            total = summed(total, found)
+        return total
+
+    def _receive(
         self,
+        part: Evaluation,
         k: int,
         value: Tensor | None,
         also: Sequence[Tensor] = (),
         retain_graph: bool = False,
     ) -> Gradients:
-        """Row k from a loss at the perturbed point; and the gradients of some other parameters."""
-        seed = None if value is None else self.evaluation.seed(k, value, self.multiplied[k])
-        minus = self.sharpness.decompose
-        gradients = self.rows.renew(k, value, seed, minus, also, retain_graph)
-        if self.multiplied[k] not in (0.0, 1.0):
-            gradients = [None if g is None else g / self.multiplied[k] for g in gradients]
-        return self.evaluation.ranks.sum_gradients(gradients, also)
+        """Let row k receive the gradient of a loss; return those of some other parameters."""
+        factor = self.multiplied[k]
+        seed = None if value is None else part.seed(k, value, factor)
+        found = self.rows.receive(k, value, seed, also, retain_graph, part.scale)
+        return part.ranks.sum_gradients(divided(found, part.scale * (factor or 1.0)), also)
 
-    def _losses(self, tasks: Sequence[int]) -> list[Tensor | None]:
-        values = self.evaluation.losses_again(tasks)
+    def _losses(self, part: Evaluation, tasks: Sequence[int]) -> list[Tensor | None]:
+        values = part.losses_again(tasks)
         self.seen += [(k, v.detach()) for k, v in zip(tasks, values, strict=True) if v is not None]
         return values
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError, TaskError, nearest
+
+AnyPresence = TypeVar("AnyPresence", bound="Presence")
 
 
 class Presence:
@@ -25,19 +28,43 @@ class Presence:
         tasks: all T tasks.
         names: the T' tasks that have a label in some process, in order.
         present: (T,) bool, True for these.
+        totals: (T,) float64, the labelled samples of each task in all processes.
         shares: (T',) float64, the part of each one's labelled samples that this process holds.
         parts: the same as plain numbers.
+        is_whole: whether this process holds all of them.
     """
 
     def __init__(self, tasks: Sequence[str], counts: Sequence[float], ranks: Ranks) -> None:
         self.tasks = tuple(tasks)
-        here = torch.tensor(counts, dtype=torch.float64, device="cpu")
-        totals = ranks.sum(here.clone())
-        self.present = totals > 0
-        self.names = [task for task, total in zip(tasks, totals.tolist(), strict=True) if total]
-        self.shares = (here / totals)[self.present]
+        self.counts = torch.tensor(counts, dtype=torch.float64, device="cpu")
+        self._within(ranks.sum(self.counts.clone()))
+
+    def _within(self, totals: Tensor) -> None:
+        """Be a part of a batch with so many labelled samples (T,) in all."""
+        self.totals, self.present = totals, totals > 0
+        self.names = [
+            task for task, total in zip(self.tasks, totals.tolist(), strict=True) if total
+        ]
+        self.shares = (self.counts / totals)[self.present]
         self.parts: list[float] = self.shares.tolist()
-        self._here = {task for task, count in zip(tasks, counts, strict=True) if count}
+        self.is_whole = all(part == 1.0 for part in self.parts)
+        of_all = zip(self.tasks, self.counts.tolist(), strict=True)
+        self._here = {task for task, count in of_all if count}
+
+    def part_of(self: AnyPresence, joint: Presence) -> AnyPresence:
+        """The same labels as a part of a larger batch: positions and shares are those of it."""
+        found = copy(self)
+        found._within(joint.totals)
+        return found
+
+    @classmethod
+    def joint(cls, parts: Sequence[Presence]) -> Presence:
+        """That of several batches together."""
+        found = cls.__new__(Presence)
+        found.tasks = parts[0].tasks
+        found.counts = torch.stack([part.counts for part in parts]).sum(0)
+        found._within(torch.stack([part.totals for part in parts]).sum(0))
+        return found
 
     def here(self, task: str) -> bool:
         """Whether this process has a label of the task."""

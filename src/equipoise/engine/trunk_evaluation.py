@@ -15,16 +15,16 @@ from equipoise.engine.direction import Combination, FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.ranks import Ranks
-from equipoise.engine.rows import Rows
+from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Stages
-from equipoise.engine.targets import Targets, check_loss
+from equipoise.engine.targets import Presence, Targets, check_loss
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
 
-TRUNK = "trunk"
-"""The key under which a trunk's draws are recorded; a head's is its position."""
+TRUNK = None
+"""The key under which a trunk's draws are recorded; a head's is the name of its task."""
 
 Losses = Mapping[str, Callable[[Any, Any], Tensor]]
 
@@ -57,15 +57,33 @@ class TrunkEvaluation(Evaluation):
         self.model = model
         self.losses_of = losses
         self.inputs = inputs
-        self.presence = self.targets = presence
         self.ranks = ranks
         self.replay = Replay(model) if again else None
-        self.functions = [losses[task] for task in presence.names]
         self.shared = trainable(model.shared_parameters())
-        self.own = [trainable(model.head_parameters(task)) for task in presence.names]
+        self._place(presence)
         self.latent: Gradients = []
         self._sent_back: list[Gradients] = []
         self._linear: tuple[Gradients, Gradients] = [], []
+
+    def _place(self, presence: Targets) -> None:
+        names, model = presence.names, self.model
+        self.presence = self.targets = presence
+        self.functions = [self.losses_of[task] for task in names]
+        self.own = [trainable(model.head_parameters(task)) for task in names]
+
+    @property
+    def module(self) -> SharedTrunk:
+        """The network."""
+        return self.model
+
+    def be_part_of(self, joint: Presence) -> None:
+        """Take the positions and shares of a larger batch."""
+        self._place(self.targets.part_of(joint))
+
+    def rest(self) -> None:
+        """Let go of the losses and of what the heads sent back; all heads share the features."""
+        self.values, self._sent_back = [], []
+        self.features.join(len(self.presence.tasks))
 
     # ------------------------------------------------------------------ the first look
 
@@ -79,13 +97,12 @@ class TrunkEvaluation(Evaluation):
             self.features = Boundary(features, len(names), apart)
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
-                    "the trunk has parameters to train, but no tensor that requires a gradient "
-                    "was found in what it returned: it is detached, computed under torch.no_grad "
-                    "or inference_mode, or no tensor or nested dict, list or tuple of tensors."
+                    "the trunk has parameters to train, but nothing in what it returned has a "
+                    "gradient: detached, under torch.no_grad, or not in dicts, lists and tuples."
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):
-                with recording(k, model.heads[task]):
+                with recording(task, model.heads[task]):
                     self.values.append(self._loss(k, self.features.of(k)))
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
@@ -115,7 +132,9 @@ class TrunkEvaluation(Evaluation):
 
     def repeated(self) -> TrunkEvaluation:
         """The same batch once more, as if it were new."""
-        return TrunkEvaluation(self.model, self.losses_of, self.inputs, self.targets, self.ranks)
+        again = TrunkEvaluation(self.model, self.losses_of, self.inputs, self.targets, self.ranks)
+        again.scale = self.scale
+        return again
 
     # ------------------------------------------------------------------ backward
 
@@ -133,16 +152,16 @@ class TrunkEvaluation(Evaluation):
             found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
         cut = len(self.features.inputs)
         self._sent_back = self.features.sort(found[:cut])
-        rest = iter(self.ranks.sum_gradients(found[cut:], parameters))
+        rest = iter(self.ranks.sum_gradients(self.unscaled(found[cut:]), parameters))
         return [[next(rest) for _ in own] for own in self.own]
 
-    def fill(self, rows: Rows) -> list[Gradients]:
+    def fill(self, rows: TakesRows) -> list[Gradients]:
         """One backward through all heads, and one through the trunk for each task."""
         own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         self.fill_from_heads(rows)
         return own
 
-    def fill_from_heads(self, rows: Rows) -> None:
+    def fill_from_heads(self, rows: TakesRows) -> None:
         """The rows, from what the heads have sent back: one trunk backward for each task."""
         rows.clear()
         n_tasks = len(self.own)
@@ -152,7 +171,8 @@ class TrunkEvaluation(Evaluation):
     def row(self, k: int, retain_graph: bool) -> Gradients:
         """The trunk's gradients of the k-th present task, of this process: one backward."""
         sent_back = self._sent_back[k] if self._sent_back else []
-        return through_trunk(self.features.outputs, self.shared, sent_back, retain_graph)
+        found = through_trunk(self.features.outputs, self.shared, sent_back, retain_graph)
+        return self.unscaled(found)
 
     def backward(self, coefficients: Tensor, factors: Tensor) -> tuple[Gradients, list[Gradients]]:
         """One backward through all heads and one through the trunk."""
@@ -165,7 +185,8 @@ class TrunkEvaluation(Evaluation):
     def feature_gradients(self, factors: Tensor) -> tuple[FeatureGradients, list[Gradients]]:
         """What the heads send back, to be multiplied by `factors`, and the gradients of heads."""
         own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
-        found = FeatureGradients(self._sent_back, self.features.outputs, factors, self.ranks)
+        outputs = self.features.outputs
+        found = FeatureGradients(self._sent_back, outputs, factors, self.ranks, self.scale)
         return found, own
 
     def check_overlap(self, gradients: FeatureGradients, stages: Stages) -> None:
@@ -175,7 +196,7 @@ class TrunkEvaluation(Evaluation):
         """The trunk's gradients from one gradient for each of its outputs: one backward.
 
         Args:
-            latent: those gradients; kept as `latent`.
+            latent: those gradients, times `scale`; kept as `latent`.
             again: whether the trunk will be passed again, by `slopes` or `fill_from_heads`.
         """
         self.latent = starts = latent
@@ -185,7 +206,7 @@ class TrunkEvaluation(Evaluation):
         if again:
             self._linear = found, starts
             found = [None if g is None else g.detach() for g in found]
-        return self.ranks.sum_gradients(found, self.shared)
+        return self.ranks.sum_gradients(self.unscaled(found), self.shared)
 
     def slopes(self, steps: Gradients) -> Tensor | None:
         """(T',) products `<g_t, v>` of the tasks' trunk gradients with v = J^T d_z; without g_t.
@@ -221,7 +242,10 @@ class TrunkEvaluation(Evaluation):
 
     def _loss_again(self, k: int, features: Any) -> Tensor | None:
         assert self.replay is not None
-        with self.replay.again(k):
+        task = self.presence.names[k]
+        if not self.presence.here(task):  # nor has anything been recorded
+            return None
+        with self.replay.again(task):
             return self._loss(k, features)
 
     def own_again(

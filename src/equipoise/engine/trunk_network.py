@@ -51,7 +51,11 @@ class TrunkNetwork(Network):
     shared = None
 
     def __init__(
-        self, model: SharedTrunk, losses: Losses, optimizer: torch.optim.Optimizer, needs: Needs
+        self,
+        model: SharedTrunk,
+        losses: Losses,
+        optimizer: torch.optim.Optimizer | None,
+        needs: Needs,
     ) -> None:
         self.module = self.model = model
         self.losses = losses
@@ -89,11 +93,9 @@ class TrunkNetwork(Network):
             return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
 
-    def forget_gradients(self) -> None:
-        """Free the gradients of trunk and heads, and of what else was found."""
-        self.model.zero_grad()
-        if self._graph is not None:
-            self._graph.forget_gradients()
+    def parameters(self) -> Iterable[Tensor]:
+        """Those of trunk and heads, and what else was found."""
+        return self.model.parameters() if self._graph is None else self._graph.parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """What the tasks have reached, if the whole graph is differentiated; else nothing."""
@@ -214,7 +216,9 @@ class _CheckedEvaluation(TrunkEvaluation):
             return self
         put_back(buffers)
         random.restore()
-        return self.network.by_graph(self, beyond, self.again).look(apart)
+        graph = self.network.by_graph(self, beyond, self.again)
+        graph.be_part_of(self.presence)
+        return graph.look(apart)
 
     def _refuse_unreached(self) -> None:
         """Refuse a trunk that its own output, or every loss, leaves without a gradient."""
@@ -254,7 +258,7 @@ def _leaves(loss: Tensor) -> set[Tensor]:
 def network_of(
     model: nn.Module,
     losses: Mapping[str, Callable[..., Tensor]] | Iterable[str],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     shared: Shared | None,
     needs: Needs,
 ) -> Network:
@@ -264,7 +268,8 @@ def network_of(
         CombinationError: a wrapper around the network, or an optimizer, that a step cannot serve.
     """
     refuse_wrappers(model)
-    refuse_optimizer(optimizer)
+    if optimizer is not None:
+        refuse_optimizer(optimizer)
     if isinstance(losses, Mapping):
         return TrunkNetwork(shared_trunk(model, losses, shared), dict(losses), optimizer, needs)
     return GraphNetwork(model, Partition(model, losses, optimizer, shared), needs)

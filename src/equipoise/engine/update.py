@@ -3,17 +3,74 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from equipoise.engine.adapters import WeightingStage
-from equipoise.engine.evaluation import Evaluation
-from equipoise.engine.gradients import Gradients, by_parameter, clip, give, part
-from equipoise.engine.stages import Stages
+from equipoise.engine.evaluation import Evaluation, Network
+from equipoise.engine.gradients import Gradients, added, by_parameter, clip, give, part
+from equipoise.engine.learner import Learner
+from equipoise.engine.scaling import Scaling
+from equipoise.errors import CombinationError, EquipoiseError
+from equipoise.linalg import entries
+
+
+class Held:
+    """The gradients that parameters had before a step, out of the way of its backward passes.
+
+    Args:
+        parameters: all that the step may give a gradient to.
+
+    Attributes:
+        parameters: the same.
+        gradients: parameter -> what was in `.grad`.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.gradients: dict[Tensor, Tensor] = {}
+        for p in self.parameters:
+            if p.grad is not None:
+                self.gradients[p], p.grad = p.grad, None
+
+    def put_back(self) -> None:
+        """Let the parameters have them again."""
+        for p in self.parameters:
+            p.grad = self.gradients.get(p)
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self.gradients = {}
+
+
+USED = "used_by_equipoise"
+"""Name of the attribute by which a gradient says that a step has made its update with it."""
+
+
+def mark_used(parameters: Iterable[Tensor]) -> None:
+    """Take note that the gradients which are there now have done their work."""
+    for p in parameters:
+        if p.grad is not None:
+            setattr(p.grad, USED, p.grad._version)
+
+
+def refuse_unused(held: Held, network: Network) -> None:
+    """Refuse to drop a gradient that no step has used, or that has been added to since.
+
+    Raises:
+        EquipoiseError: there is one; names its parameter.
+    """
+    for p, gradient in held.gradients.items():
+        if getattr(gradient, USED, None) != gradient._version and bool(entries(gradient).any()):
+            held.put_back()
+            raise EquipoiseError(
+                f"{network.name(p)} holds a gradient from before this step, which would be "
+                "dropped. Call optimizer.zero_grad() first; or let step.backward() add to it, or "
+                "step.collect() gather micro-batches."
+            )
 
 
 @dataclass(frozen=True)
@@ -21,62 +78,100 @@ class Update:
     """The parameters of a step, and what moves them.
 
     Attributes:
-        optimizer: makes the update.
+        optimizer: makes the update; None: nobody here.
         clip_norm: bound on the norm of the whole direction; None: none.
         look: whose parameters, shared and own, are updated.
-        learnable: the parameters of the weighting.
+        learner: moves the parameters of the weighting.
+        scaling: the scale of the gradients.
+        held: what the parameters had in `.grad` before.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     clip_norm: float | None
     look: Evaluation
-    learnable: Sequence[Tensor]
+    learner: Learner
+    scaling: Scaling
+    held: Held
 
     def give(self, shared: Gradients, own: Sequence[Gradients], learned: Gradients) -> None:
-        """Put the gradients where an optimizer looks."""
-        give(self.look.shared, shared)
-        give(*by_parameter(self.look.own, own))
-        give(self.learnable, learned)
+        """Put the gradients where an optimizer looks, and call the hooks that wait for them."""
+        parameters, gradients = self._all(shared, own)
+        for p, gradient in zip(parameters, self.scaling.scaled(gradients), strict=True):
+            p.grad = gradient
+        self.learner.give(self.scaling, learned)
+        for p in parameters:
+            call_hooks(p)
 
     def step(self, shared: Gradients, own: Sequence[Gradients], learned: Gradients) -> None:
-        """Let the optimizer make its step."""
+        """Let the optimizer make its step, and the weighting's parameters theirs."""
+        optimizer, scaler = self.optimizer, self.scaling.scaler
+        assert optimizer is not None
         self.give(shared, own, learned)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        self._clip()
+        with naming_the_closure(optimizer):
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+        self.learner.step()
+        torch.clear_autocast_cache()  # it holds half-precision copies of the old parameters
+
+    def learn(self, learned: Gradients) -> None:
+        """Step the weighting's parameters alone."""
+        nothing: Gradients = [None] * len(self.look.shared)
+        self.step(nothing, [[None] * len(own) for own in self.look.own], learned)
+
+    def add(self, shared: Gradients, own: Sequence[Gradients], learned: Gradients) -> None:
+        """Add the gradients to what was there, for somebody else's optimizer."""
+        parameters, gradients = self._all(shared, own)
+        if self.clip_norm is not None:
+            give(parameters, gradients)
+            self._clip()
+            gradients = [p.grad for p in parameters]
+        for p, gradient in zip(parameters, self.scaling.scaled(gradients), strict=True):
+            before = self.held.gradients.get(p)
+            if gradient is not None:
+                p.grad = gradient if before is None else added(before, gradient)
+        self.learner.give(self.scaling, learned)
+        self.learner.step()
+        for p in parameters:
+            call_hooks(p)
+
+    def _all(self, shared: Gradients, own: Sequence[Gradients]) -> tuple[list[Tensor], Gradients]:
+        return by_parameter([self.look.shared, *self.look.own], [shared, *own])
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All that make a step."""
+        return [o for o in (self.optimizer, self.learner.optimizer) if o is not None]
+
+    def _clip(self) -> None:
         if self.clip_norm is not None:
             moved = dict.fromkeys((*self.look.shared, *itertools.chain(*self.look.own)))
             part(moved)
             clip(moved, self.clip_norm)
-        self.optimizer.step()
-        torch.clear_autocast_cache()  # it holds half-precision copies of the old parameters
-
-    def learn(self, learned: Gradients) -> None:
-        """Let the optimizer step the weighting's parameters alone."""
-        nothing: Gradients = [None] * len(self.look.shared)
-        self.step(nothing, [[None] * len(own) for own in self.look.own], learned)
 
 
-def adopt(
-    optimizer: torch.optim.Optimizer, weighting: WeightingStage, before: Stages | None
-) -> None:
-    """Bring the weighting's parameters to the optimizer, in a group of their own.
-
-    Args:
-        optimizer: where they go.
-        weighting: whose they are.
-        before: the stages whose weighting it replaces; the parameters of that one go.
-    """
-    held = set(held_by(optimizer))
-    new = [p for p in weighting.learnable if p not in held]
-    gone = set() if before is None else set(before.weighting.learnable) - set(weighting.learnable)
-    for group in [g for g in optimizer.param_groups if gone.issuperset(g["params"])]:
-        optimizer.param_groups.remove(group)
-        for p in group["params"]:
-            optimizer.state.pop(p, None)
-    if new:
-        own: dict[str, Any] = {"params": new, "weight_decay": 0.0}
-        lr = None if weighting.method is None else weighting.method.lr
-        optimizer.add_param_group(own if lr is None else {**own, "lr": lr})
+def call_hooks(parameter: Tensor) -> None:
+    """Call the user's post-accumulate-grad hooks: autograd does not, for no pass accumulates."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    if hooks and parameter.grad is not None:
+        for hook in list(hooks.values()):
+            hook(parameter)
 
 
-def held_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+@contextmanager
+def naming_the_closure(optimizer: torch.optim.Optimizer) -> Generator[None]:
+    """Say it in one sentence if an optimizer turns out to want a closure."""
+    try:
+        yield
+    except (AssertionError, TypeError) as error:
+        if "closure" not in str(error):
+            raise
+        raise CombinationError(
+            f"Step and {type(optimizer).__name__}: its step evaluates the loss itself, by a "
+            "closure. Use an optimizer that needs none."
+        ) from error

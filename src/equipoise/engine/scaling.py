@@ -1,0 +1,139 @@
+"""What happens to a step whose losses or gradients are not finite; the scale of float16 losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from equipoise.engine.gradients import Gradients, added
+from equipoise.engine.stages import Stages
+from equipoise.errors import CombinationError, NonFiniteError
+
+
+class Scaler(Protocol):
+    """What a step asks of a gradient scaler: that of torch.amp, or one of its kind."""
+
+    def get_scale(self) -> float:
+        """What losses are multiplied by."""
+
+    def is_enabled(self) -> bool:
+        """Whether it scales at all."""
+
+    def unscale_(self, optimizer: torch.optim.Optimizer, /) -> Any:
+        """Divide the gradients that the optimizer holds."""
+
+    def step(self, optimizer: torch.optim.Optimizer, /) -> Any:
+        """Let the optimizer step, unless a gradient is not finite."""
+
+    def update(self) -> Any:
+        """Raise the scale after many good steps, lower it after a bad one."""
+
+    def state_dict(self) -> Any:
+        """The scale and its history."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take it over."""
+
+
+class Scaling:
+    """The scale of the losses, and which steps are skipped.
+
+    Args:
+        scaler: a GradScaler; None, or one that is switched off: losses are not scaled.
+        on_nonfinite: "raise" or "skip".
+
+    Attributes:
+        skipped: how many steps were skipped.
+
+    Raises:
+        ValueError: `on_nonfinite` is something else.
+        CombinationError: the scaler has no `get_scale`, `unscale_`, `step` and `update`.
+    """
+
+    def __init__(self, scaler: Scaler | None, on_nonfinite: str) -> None:
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite is {on_nonfinite!r}; known are 'raise' and 'skip'.")
+        needed = ("get_scale", "is_enabled", "unscale_", "step", "update")
+        if scaler is not None and not all(callable(getattr(scaler, n, None)) for n in needed):
+            raise CombinationError(
+                f"scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler, or None."
+            )
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.on_nonfinite = on_nonfinite
+        self.skipped = 0
+
+    @property
+    def now(self) -> float:
+        """What losses are multiplied by in the coming step."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    @property
+    def skips(self) -> bool:
+        """Whether a step that is not finite is skipped, so that nobody asks which task it was.
+
+        A scale that has fallen below 1 has nothing to do with it any more.
+        """
+        return self.on_nonfinite == "skip" or (self.scaler is not None and self.now >= 1)
+
+    def scaled(self, gradients: Gradients) -> Gradients:
+        """The gradients, new ones, times the scale."""
+        there = [g for g in gradients if g is not None]
+        if self.scaler is None or not there:
+            return gradients
+        found = iter(torch._foreach_mul(there, self.now))
+        return [None if g is None else next(found) for g in gradients]
+
+    def refuse_overflow(self, norm: float, parameters: Sequence[Tensor]) -> None:
+        """Raise NonFiniteError if gradients of this norm overflow when they are scaled."""
+        if self.scaler is None:
+            return
+        largest = min((torch.finfo(p.dtype).max for p in parameters), default=math.inf)
+        if norm * self.now > largest:
+            raise NonFiniteError(None, f"the gradients overflow at the scale {self.now:g}.")
+
+    def skip(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Count a step that was skipped; the scaler sees a gradient that is infinite, and learns.
+
+        Args:
+            optimizer: None: whoever owns the scaler will see the gradient, and update it.
+        """
+        self.skipped += 1
+        if self.scaler is None or optimizer is None:
+            return
+        marked = mark(p for group in optimizer.param_groups for p in group["params"])
+        self.scaler.unscale_(optimizer)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        marked.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, and the scaler's state; empty if there is neither."""
+        state: dict[str, Any] = {"skipped": self.skipped} if self.skipped else {}
+        return state if self.scaler is None else {**state, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.skipped = state.get("skipped", 0)
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def refuse_scaler(stages: Stages, scaler: Any) -> None:
+    """Raise CombinationError for stages that do not go with a scaler."""
+    if scaler is not None and stages.line_search is not None:
+        raise CombinationError(
+            f"{type(stages.line_search).__name__} and a scaler: its trials compare losses, of "
+            "which float16 has three digits. Use bfloat16 without a scaler, or leave one out."
+        )
+
+
+def mark(parameters: Iterable[Tensor]) -> Tensor:
+    """Make a gradient of one of the parameters infinite, for a scaler to see; returns that one."""
+    p = next(p for p in parameters if p.requires_grad and p.is_floating_point())
+    infinite = torch.full_like(p, math.inf)
+    p.grad = infinite if p.grad is None else added(p.grad, infinite)
+    return p
