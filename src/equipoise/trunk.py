@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
 
-from equipoise.errors import CombinationError, TaskError
+from equipoise.errors import CombinationError, EquipoiseError, TaskError
 
 
 class SharedTrunk(nn.Module):
@@ -131,6 +131,35 @@ def bypassed(model: SharedTrunk) -> str | None:
         model._backward_hooks,
     )
     return f"a hook on the {kind.__name__} itself" if any(hooks) else None
+
+
+def outputs_of(model: SharedTrunk, inputs: Any) -> Callable[[str], Any]:
+    """What gives the output of each task; all that `model(inputs)` does is done.
+
+    Raises:
+        EquipoiseError: a forward of its own has returned no dict; or, as a TaskError when that
+            output is asked for, none for a task.
+    """
+    if not bypassed(model):
+        features = model.trunk(inputs)
+        return lambda task: model.head(task, features)
+    outputs, kind = model(inputs), type(model).__name__
+    if not isinstance(outputs, Mapping):
+        raise EquipoiseError(
+            f"{kind}.forward returned a {type(outputs).__name__}; it must return a dict, task name "
+            "-> output."
+        )
+
+    def output_of(task: str) -> Any:
+        if task not in outputs:
+            raise TaskError(
+                task,
+                f"{kind}.forward returned no output for it, only for {list(outputs)}; it must "
+                "return one for each task.",
+            )
+        return outputs[task]
+
+    return output_of
 
 
 class SeparateTrunks(nn.Module):

@@ -173,3 +173,24 @@ def test_separate_networks_of_a_forward_of_its_own() -> None:
     for make in MODELS.values():
         with pytest.raises(eq.CombinationError, match="stl and a "):
             eq.Recipe.parse("stl").build(make(), LOSSES, lr=0.1, steps_per_epoch=9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_diagnostics_and_specialists_ask_the_same_network(name: str) -> None:
+    from equipoise.diagnostics.evaluation import Evaluation
+
+    model = MODELS[name]()
+    x, y = regression_batch(TWO)
+    found = dict(Evaluation(model, [(x, y)]).outputs(TWO))
+    together = eq.grouping.Specialists([model], torch.ones(2, 1), "regression")(x)
+    outputs = model(x)
+    for task in TWO:
+        assert torch.equal(found[task], outputs[task])
+        assert torch.equal(together[task], outputs[task])
+
+
+def test_lookahead_works_on_trunk_and_heads_alone() -> None:
+    from equipoise.grouping import LookaheadAffinity
+
+    with pytest.raises(eq.CombinationError, match="LookaheadAffinity and a forward of its own"):
+        LookaheadAffinity(of_class(Normalising), LOSSES, lr=0.1)

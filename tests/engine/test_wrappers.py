@@ -98,8 +98,10 @@ def test_other_wrappers_are_layers() -> None:
     x, y = regression_batch(TWO)
     step = built(whole, "closure", aggregator=eq.MGDA())
     step(lambda: {t: F.mse_loss(o, y[t]) for t, o in whole(x).items()})
-    with pytest.raises(eq.CombinationError, match="only a SharedTrunk says"):
+    with pytest.raises(eq.CombinationError, match="Legacy around a SharedTrunk .*`.module`"):
         built(whole, "trunk")
+    with pytest.raises(eq.CombinationError, match="only a SharedTrunk says"):
+        built(Legacy(whole), "trunk")
 
 
 def by_function(model: Any) -> Any:

@@ -32,6 +32,11 @@ def shared_trunk(model: nn.Module, losses: Mapping[str, Any], shared: Any) -> Sh
         TaskError: a head without a loss, or a loss without a head.
     """
     refuse_compiled(model)
+    if isinstance(getattr(model, "module", None), SharedTrunk):
+        raise CombinationError(
+            f"{type(model).__name__} around a SharedTrunk and a dict of losses: a Step calls the "
+            "trunk and each head by itself. Give it the SharedTrunk, the wrapper's `.module`."
+        )
     if not isinstance(model, SharedTrunk):
         raise CombinationError(
             f"{type(model).__name__} and a dict of losses: only a SharedTrunk says which output is "
@@ -136,8 +141,8 @@ def refuse_bypassed(model: SharedTrunk, who: str | None) -> None:
     what = bypassed(model)
     if who is not None and what is not None:
         raise CombinationError(
-            f"{who} and {what}: at the feature level a step calls trunk and heads, not "
-            "model(inputs), and would leave it out. Move it into the trunk, or work at the "
+            f"{who} and {what}: it works on the features that trunk and heads pass on, and would "
+            "leave out the rest of model(inputs). Move that into the trunk, or work at the "
             "parameters: level='parameters', or Backtracking."
         )
 

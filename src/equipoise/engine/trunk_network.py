@@ -21,9 +21,9 @@ from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
 from equipoise.engine.unreached import WHY
 from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
-from equipoise.errors import CombinationError, EquipoiseError, TaskError
+from equipoise.errors import CombinationError, EquipoiseError
 from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
-from equipoise.trunk import SeparateTrunks, SharedTrunk, bypassed
+from equipoise.trunk import SeparateTrunks, SharedTrunk, bypassed, outputs_of
 
 
 class TrunkNetwork(Network):
@@ -159,7 +159,7 @@ class TrunkNetwork(Network):
         self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> GraphEvaluation:
         def losses() -> dict[str, tuple[Tensor, float]]:
-            output_of, found = self._outputs(inputs), {}
+            output_of, found = outputs_of(self.model, inputs), {}
             for task in targets.names:
                 if targets.here(task):
                     output, target = targets.pair(task, output_of(task))
@@ -167,30 +167,6 @@ class TrunkNetwork(Network):
             return found
 
         return GraphEvaluation(graph, losses, ranks, frozenset(), again)
-
-    def _outputs(self, inputs: Any) -> Callable[[str], Any]:
-        """What gives the output of a task; all that `model(inputs)` does is done."""
-        model, kind = self.model, type(self.model).__name__
-        if not bypassed(model):
-            features = model.trunk(inputs)
-            return lambda task: model.head(task, features)
-        outputs = model(inputs)
-        if not isinstance(outputs, Mapping):
-            raise EquipoiseError(
-                f"{kind}.forward returned a {type(outputs).__name__}; it must return a dict, task "
-                "name -> output."
-            )
-
-        def output_of(task: str) -> Any:
-            if task not in outputs:
-                raise TaskError(
-                    task,
-                    f"{kind}.forward returned no output for it, only for {list(outputs)}; it must "
-                    "return one for each task.",
-                )
-            return outputs[task]
-
-        return output_of
 
 
 class _CheckedEvaluation(TrunkEvaluation):
