@@ -163,3 +163,25 @@ def test_complex_features_and_half_precision_of_the_rows() -> None:
             last = step(x, y).losses.sum()
         assert last < first, recipe
         assert step.model.trunk.weight.grad.dtype == torch.complex64
+
+
+@pytest.mark.parametrize("recipe", ["ew", "cagrad", "f-mgda(perturb=joint)"])
+def test_loops_of_the_users(recipe: str) -> None:
+    """Micro-batches that are gathered, and gradients that are added up by `backward`."""
+    found = []
+    for as_complex in (True, False):
+        net = model(as_complex)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        losses = dict.fromkeys(TASKS, F.mse_loss)
+        step = eq.Recipe.parse(recipe).build(
+            net, losses, lr=0.05, steps_per_epoch=9, optimizer=lambda ps, lr, made=optimizer: made
+        )
+        step.collect(*batch(0))
+        step(*batch(1))
+        optimizer.zero_grad()
+        step.backward(*batch(2))
+        step.backward(*batch(3))
+        optimizer.step()
+        found.append(numbers(net))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)

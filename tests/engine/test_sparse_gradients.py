@@ -208,3 +208,44 @@ def test_infinite_sparse_gradients_are_refused() -> None:
     with pytest.raises(eq.EquipoiseError, match="task 'click'"):
         step(*batch(0))
     assert_same(before, values(model))
+
+
+@pytest.mark.parametrize("recipe", ["ew", "cagrad", "f-cagrad", "f-mgda(perturb=joint)"])
+def test_loops_of_the_users(recipe: str) -> None:
+    """Micro-batches that are gathered, and gradients that are added up by `backward`."""
+    found = []
+    for sparse in (True, False):
+        model = made(tables_everywhere, sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = eq.Recipe.parse(recipe).build(
+            model, LOSSES, lr=0.1, steps_per_epoch=9, optimizer=lambda ps, lr, made=optimizer: made
+        )
+        step.collect(*batch(0))
+        step(*batch(1))
+        assert model.trunk.table.weight.grad.is_sparse == sparse
+        optimizer.zero_grad()
+        step.backward(*batch(2))
+        step.backward(*batch(3))
+        optimizer.step()
+        assert model.heads["buy"].table.weight.grad.is_sparse == sparse
+        found.append(values(model))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("recipe", ["ew", "cagrad", "f-cagrad"])
+def test_a_scaler(recipe: str) -> None:
+    found = []
+    for sparse in (True, False):
+        model = made(tables_everywhere, sparse).float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        stages = {"aggregator": None if recipe == "ew" else eq.CAGrad()}
+        if recipe == "f-cagrad":
+            stages["sharpness"] = eq.TaskSharpness(0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        step = eq.Step(model, LOSSES, optimizer, scaler=scaler, clip_norm=0.05, **stages)
+        for k in range(2):
+            ids, y = batch(k)
+            assert step(ids, {t: v.float() for t, v in y.items()}).accepted
+        found.append(values(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
