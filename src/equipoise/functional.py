@@ -18,7 +18,7 @@ from equipoise.engine.adapters import (
 from equipoise.engine.boundary import through_trunk
 from equipoise.engine.direction import Combination, FeatureGradients, combine
 from equipoise.engine.factors import factors_of
-from equipoise.engine.gradients import Gradients, divided, scaled
+from equipoise.engine.gradients import Gradients, added, divided, scaled
 from equipoise.engine.partition import below, reached_leaves
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
@@ -136,7 +136,7 @@ def backward(
     found = scaling.scaled([*direction, *rest, *weighted.learned])
     for p, gradient in zip(everything, found, strict=True):
         if gradient is not None:
-            p.grad = gradient if p.grad is None else p.grad + gradient
+            p.grad = gradient if p.grad is None else added(p.grad, gradient)
     if weighs.method is not None and weighs.needs_gram:
         weighs.method.observe(joint, presence.present, result.gram)
     return result
@@ -188,7 +188,7 @@ class _Graph:
             rows.add(found[: len(self.parameters)])
             rest.append(_finite(i, found[len(self.parameters) :]))
         rows.weigh(self.factors)
-        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool, device="cpu"))
         result, direction = combine(rows, aggregator, joint)
         return rows.per_parameter(direction), self._summed(rest), result
 
@@ -216,7 +216,7 @@ class _Graph:
             sent_back.append(found[: len(outputs)])
             rest.append(_finite(i, divided(found[len(outputs) :], self.scale)))
         gradients = FeatureGradients(sent_back, outputs, self.factors, self.ranks, self.scale)
-        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool, device="cpu"))
         result, together = gradients.combine(aggregator, joint)
         found = through_trunk(outputs, self.parameters, together, self.retain_graph)
         direction = divided(found, self.scale)
@@ -233,7 +233,7 @@ class _Graph:
         total: Gradients = [None] * len(self.others)
         for of_one in scaled(rest, self.factors):
             total = [
-                new if old is None else old if new is None else old + new
+                new if old is None else old if new is None else added(old, new)
                 for old, new in zip(total, of_one, strict=True)
             ]
         return self.ranks.sum_gradients(total, self.others)

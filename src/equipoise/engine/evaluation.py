@@ -172,7 +172,7 @@ class Evaluation(ABC):
     def joint(self, values: Sequence[Tensor | None]) -> Tensor:
         """(T',) the losses of the joint batch from those of this process, float64 on the CPU."""
         known = [value.detach() for value in values if value is not None]
-        here = torch.zeros(len(values), dtype=torch.float64)
+        here = torch.zeros(len(values), dtype=torch.float64, device="cpu")
         if known:  # one copy to the host for all
             common = known[0].device
             numbers = torch.stack([value.to(common) for value in known])
@@ -200,7 +200,9 @@ class Evaluation(ABC):
             try:
                 losses = self.repeated().look().losses
             except NonFiniteError:
-                return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
+                return torch.full(
+                    self.presence.present.shape, torch.nan, dtype=torch.float64, device="cpu"
+                )
         return self.presence.spread(losses, torch.nan)
 
     def why_not_finite(self, before: RandomState, buffer: Callable[[], Rows]) -> NonFiniteError:

@@ -55,7 +55,9 @@ class MicroBatches(Evaluation):
         """Make the forward pass of the last micro-batch."""
         gathered, present = self.gathered, self.presence.present
         self.shared = gathered.shared
-        self.losses = (sum(gathered.losses, torch.zeros(())) / self.presence.totals)[present]
+        self.losses = (sum(gathered.losses, torch.zeros((), device="cpu")) / self.presence.totals)[
+            present
+        ]
         if self.last is not None:
             self.last.scale = self.scale
             self.last = self.last.look(apart)

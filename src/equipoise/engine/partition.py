@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.ranks import Ranks
+from equipoise.engine.unreached import refuse_unreached
 from equipoise.errors import EquipoiseError, TaskError, nearest
 
 Shared = nn.Module | Iterable[Tensor] | Iterable[str] | str
@@ -108,7 +109,7 @@ class Partition:
                 found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
         changed = found != self._reached or self._trained != self._trained_now()
         if not ranks.alone:
-            changed = float(ranks.sum(torch.tensor(float(changed)))) > 0
+            changed = float(ranks.sum(torch.tensor(float(changed), device="cpu"))) > 0
             if changed:
                 self._name()
                 found = self._of_all(found, ranks)
@@ -117,6 +118,7 @@ class Partition:
                 _refuse_compiled(losses)
             self._reached = found
             self._sort()
+            refuse_unreached(self.given, found, len(self.tasks))
 
     def _name(self) -> None:
         """Name all parameters of the network, and those that only the optimizer holds."""
@@ -136,7 +138,8 @@ class Partition:
         """What the tasks reach in any of the processes, which hold the same parameters."""
         n_tasks = len(self.tasks)
         bits = torch.tensor(
-            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names]
+            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names],
+            device="cpu",
         )
         masks = [
             sum(1 << i for i, count in enumerate(row) if count) for row in ranks.sum(bits).tolist()

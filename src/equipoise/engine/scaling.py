@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.gradients import Gradients, added
 from equipoise.engine.stages import Stages
 from equipoise.errors import CombinationError, NonFiniteError
 
@@ -138,7 +138,7 @@ def mark(parameters: Iterable[Tensor]) -> Tensor:
     """Make a gradient of one of the parameters infinite, for a scaler to see; returns that one."""
     p = next(p for p in parameters if p.requires_grad and p.is_floating_point())
     infinite = torch.full_like(p, math.inf)
-    p.grad = infinite if p.grad is None else p.grad + infinite
+    p.grad = infinite if p.grad is None else added(p.grad, infinite)
     return p
 
 

@@ -144,7 +144,7 @@ class SecondLook:
 
     def _refuse_what_is_not_finite(self, own: Sequence[Gradients]) -> None:
         """Where a loss, or a gradient of own parameters, is not finite, name the task."""
-        bad = torch.zeros(len(self.heads))
+        bad = torch.zeros(len(self.heads), device="cpu")
         for k, value in self.seen:
             bad[k] += not math.isfinite(float(value))
         for k, count in enumerate(self.evaluation.ranks.sum(bad).tolist()):
@@ -239,18 +239,10 @@ class SecondLook:
         retain_graph: bool = False,
     ) -> Gradients:
         """Let row k receive the gradient of a loss; return those of some other parameters."""
-        gradients: Gradients = [None] * len(also)
         factor = self.multiplied[k]
-        with self.rows.receiving(k, part.scale):
-            inputs = [*self.rows.parameters, *also]
-            if value is not None and inputs:
-                seed = part.seed(k, value, factor)
-                torch.autograd.backward(value, seed, retain_graph=retain_graph, inputs=inputs)
-                gradients = [p.grad for p in also]
-        for parameter in also:
-            parameter.grad = None
-        gradients = divided(gradients, part.scale * (factor or 1.0))
-        return part.ranks.sum_gradients(gradients, also)
+        seed = None if value is None else part.seed(k, value, factor)
+        found = self.rows.receive(k, value, seed, also, retain_graph, part.scale)
+        return part.ranks.sum_gradients(divided(found, part.scale * (factor or 1.0)), also)
 
     def _losses(self, part: Evaluation, tasks: Sequence[int]) -> list[Tensor | None]:
         values = part.losses_again(tasks)

@@ -97,9 +97,8 @@ class TrunkEvaluation(Evaluation):
             self.features = Boundary(features, len(names), apart)
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
-                    "the trunk has parameters to train, but no tensor that requires a gradient "
-                    "was found in what it returned; let it return a tensor, or nested dicts, lists "
-                    "and tuples of tensors."
+                    "the trunk has parameters to train, but nothing in what it returned has a "
+                    "gradient: detached, under torch.no_grad, or not in dicts, lists and tuples."
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):
@@ -158,7 +157,7 @@ class TrunkEvaluation(Evaluation):
 
     def fill(self, rows: TakesRows) -> list[Gradients]:
         """One backward through all heads, and one through the trunk for each task."""
-        own = self.heads_backward(torch.ones(len(self.own)))
+        own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         self.fill_from_heads(rows)
         return own
 
@@ -185,10 +184,13 @@ class TrunkEvaluation(Evaluation):
 
     def feature_gradients(self, factors: Tensor) -> tuple[FeatureGradients, list[Gradients]]:
         """What the heads send back, to be multiplied by `factors`, and the gradients of heads."""
-        own = self.heads_backward(torch.ones(len(self.own)))
+        own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         outputs = self.features.outputs
         found = FeatureGradients(self._sent_back, outputs, factors, self.ranks, self.scale)
         return found, own
+
+    def check_overlap(self, gradients: FeatureGradients, stages: Stages) -> None:
+        """Warn, in the first looks alone, where no conflict can be seen among the features."""
 
     def through(self, latent: Gradients, again: bool = False) -> Gradients:
         """The trunk's gradients from one gradient for each of its outputs: one backward.
@@ -219,14 +221,14 @@ class TrunkEvaluation(Evaluation):
             `<d_z, J v>` has to be |v|^2.
         """
         moves = along_trunk(*self._linear, steps)
-        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64)
+        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64, device="cpu")
         if moves is not None:
             numbers = on_host([inner(own, moves) for own in (*self._sent_back, self.latent)])
         *found, square = self.ranks.sum(numbers).tolist()
         expected = length(g for g in steps if g is not None) ** 2
         if not abs(square - expected) <= 1e-3 * expected:
             return None
-        return torch.tensor(found or [0.0] * len(self.own), dtype=torch.float64)
+        return torch.tensor(found or [0.0] * len(self.own), dtype=torch.float64, device="cpu")
 
     # ------------------------------------------------------------------ further looks
 
@@ -293,5 +295,6 @@ def combine_features(
     """
     assert isinstance(look, TrunkEvaluation)
     gradients, own = look.feature_gradients(factors)
+    look.check_overlap(gradients, stages)
     result, latent = gradients.combine(stages.aggregator, look.losses, stages.descent)
     return result, look.through(latent, again=stages.verifying is not None), own
