@@ -56,7 +56,7 @@ class Counting(TorchDispatchMode):
         found = function(*arguments, **(options or {}))
         results = found if isinstance(found, (tuple, list)) else (found,)
         tensors = [x for x in results if isinstance(x, Tensor)]
-        given = [x for x in (*arguments, *(options or {}).values())]
+        given = (*arguments, *(options or {}).values())
         flat = [x for y in given for x in (y if isinstance(y, (tuple, list)) else (y,))]
         tensors = tensors or [x for x in flat if isinstance(x, Tensor)]
         is_view = any(

@@ -95,7 +95,7 @@ def backward(
     """
     ranks, scaling = Ranks(), Scaling(scaler, "raise")
     names, values = _scalar_losses(losses)
-    scale = scaling.begin(values[0].device)
+    scaling.begin(values[0].device)
     weighs = weighting_stage(EW() if weighting is None else weighting)
     _refuse_what_only_a_step_knows(weighs)
     parameters = [p for p in shared if p.requires_grad]
@@ -128,11 +128,11 @@ def backward(
         scaling.refuse_overflow(norm, parameters)
     except NonFiniteError as error:
         if not (scaling.skips or above_one(scales)):
-            raise error.named(names) from None
+            raise (error.named(names) if isinstance(losses, Mapping) else error) from None
         mark(everything)
         return Combination(None)
     except TaskError as error:
-        raise error.named(names) from None
+        raise (error.named(names) if isinstance(losses, Mapping) else error) from None
     found = scaling.scaled([*direction, *rest, *weighted.learned])
     for p, gradient in zip(everything, found, strict=True):
         if gradient is not None:
