@@ -15,6 +15,7 @@ from equipoise.engine.compatibility import refuse_senseless
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.factors import factors_of
+from equipoise.engine.feature_pass import combine_features
 from equipoise.engine.gradients import scaled
 from equipoise.engine.latent_search_pass import LatentSearch
 from equipoise.engine.partition import Shared
@@ -24,7 +25,6 @@ from equipoise.engine.saving import held_outside, load, saved, undone_on_error
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
 from equipoise.engine.stages import Stages
-from equipoise.engine.trunk_evaluation import combine_features
 from equipoise.engine.trunk_network import network_of
 from equipoise.engine.update import Update, adopt, held_by
 from equipoise.errors import EquipoiseError

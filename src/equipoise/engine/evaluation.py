@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.gradients import Gradients
+from equipoise.engine.passes import Findings, Passes
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
@@ -38,6 +39,8 @@ class Evaluation(ABC):
         own: for each present task the parameters that follow its own loss.
         losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
             called.
+        passes: within which its backward passes are made; once `look` was called.
+        findings: what is known of the network's graphs, likewise.
     """
 
     presence: Presence
@@ -45,6 +48,8 @@ class Evaluation(ABC):
     shared: list[Tensor]
     own: list[list[Tensor]]
     losses: Tensor
+    passes: Passes
+    findings: Findings
 
     @abstractmethod
     def look(self, apart: bool = True) -> Evaluation:
@@ -118,7 +123,8 @@ class Evaluation(ABC):
         found: Gradients = [None] * len(self.own[k])
         if value is not None and value.requires_grad and self.own[k]:
             seed = self.seed(k, value)
-            found = list(torch.autograd.grad(value, self.own[k], seed, allow_unused=True))
+            with self.passes.one():
+                found = list(torch.autograd.grad(value, self.own[k], seed, allow_unused=True))
         return self.ranks.sum_gradients(found, self.own[k])
 
     def seed(self, k: int, value: Tensor, weight: float = 1.0) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from equipoise.engine.evaluation import Evaluation, Moving, Network
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.partition import Partition
+from equipoise.engine.passes import Findings, Passes, findings_of
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
@@ -43,6 +44,7 @@ class GraphNetwork(Network):
         self.tasks = self.losses = partition.tasks
         self.shared = partition.given
         self.needs = needs
+        self.findings = Findings()
 
     def evaluate(
         self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
@@ -71,11 +73,12 @@ class GraphNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        found = self.partition.found()
+        found, findings = self.partition.found(), self.findings
         try:
             yield
         except BaseException:
             self.partition.put_back(found)
+            self.findings = findings
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,7 +113,9 @@ class GraphEvaluation(Evaluation):
         self.closure = closure
         self.ranks = ranks
         self.left_out = {network.tasks[i] for i in left_out}
-        self.replay = Replay(network.module) if again else None
+        known = network.findings
+        first = not known.tasks | self.left_out >= set(network.tasks)
+        self.replay = Replay(network.module) if again or known.compiled or first else None
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
                 recording.enter_context(self.replay.recording(None))
@@ -156,6 +161,7 @@ class GraphEvaluation(Evaluation):
     def look(self, apart: bool = True) -> Evaluation:
         """Find out what is shared; the closure has been called already."""
         network, partition = self.network, self.network.partition
+        self._examine()
         values = zip(self.presence.names, self.values, strict=True)
         partition.update({task: v for task, v in values if v is not None}, self.ranks)
         if network.needs.owners is not None:
@@ -171,6 +177,16 @@ class GraphEvaluation(Evaluation):
         self.refuse_infinite_losses()
         return self
 
+    def _examine(self) -> None:
+        """Find out what the graphs of new tasks show."""
+        names, known = self.presence.names, self.network.findings
+        first = not known.tasks.issuperset(names)
+        if first:
+            new = findings_of(names, (), self.values, self.ranks)
+            self.network.findings = new.and_those(known)
+        self.findings = self.network.findings
+        self.passes = Passes(self.network.module, self.findings, first)
+
     def repeated(self) -> GraphEvaluation:
         """Call the closure once more, as for a new batch."""
         out = frozenset(self.network.tasks.index(task) for task in self.left_out)
@@ -179,22 +195,35 @@ class GraphEvaluation(Evaluation):
     # ------------------------------------------------------------------ backward
 
     def _gradients(
-        self, values: Sequence[Tensor | None], weights: Sequence[float], of: Sequence[Tensor]
+        self,
+        values: Sequence[Tensor | None],
+        weights: Sequence[float],
+        of: Sequence[Tensor],
+        retain_graph: bool = False,
     ) -> Gradients:
-        """Gradients of the weighted sum of this process's losses; the graph is kept."""
+        """Gradients of the weighted sum of this process's losses: one backward pass."""
         ends, starts = self.weighted(values, weights)
         if not ends or not of:
             return [None] * len(of)
-        return list(torch.autograd.grad(ends, of, starts, retain_graph=True, allow_unused=True))
+        with self.passes.one():
+            found = torch.autograd.grad(ends, of, starts, retain_graph, allow_unused=True)
+        return list(found)
+
+    def _once_more(self) -> list[Tensor | None]:
+        """The losses, with a graph for one more backward pass after the first."""
+        return self.losses_again(range(len(self.own))) if self.findings.compiled else self.values
 
     def fill(self, rows: Rows) -> list[Gradients]:
         """One backward for each task through the whole graph, which is freed."""
         rows.clear()
-        found, cut = [], len(self.shared)
+        found, cut, values = [], len(self.shared), self.values
+        retains = not self.findings.compiled
         for k, own in enumerate(self.own):
             weights = [float(i == k) for i in range(len(self.own))]
-            values = [v if i == k else None for i, v in enumerate(self.values)]
-            gradients = self._gradients(values, weights, [*self.shared, *own])
+            values = self._once_more() if k else self.values
+            only = [v if i == k else None for i, v in enumerate(values)]
+            keep = retains and any(v is not None for v in values[k + 1 :])
+            gradients = self._gradients(only, weights, [*self.shared, *own], keep)
             rows.add(gradients[:cut])
             found.append(self.ranks.sum_gradients(gradients[cut:], own))
         self._free()
@@ -211,8 +240,10 @@ class GraphEvaluation(Evaluation):
             if common != 1:
                 shared = [None if g is None else g * common for g in shared]
         else:
-            own = self._gradients(self.values, weights, owned)
-            shared = self._gradients(self.values, (coefficients * factors).tolist(), self.shared)
+            keep = bool(self.shared) and not self.findings.compiled
+            own = self._gradients(self.values, weights, owned, keep)
+            weights = (coefficients * factors).tolist()
+            shared = self._gradients(self._once_more(), weights, self.shared)
         self._free()
         first = dict(zip(owned, self.ranks.sum_gradients(own, owned), strict=True))
         by_task = [[first.pop(p, None) for p in of_one] for of_one in self.own]

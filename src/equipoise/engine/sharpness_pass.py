@@ -198,6 +198,10 @@ class SecondLook:
         moving = moved(trunk, self.sharpness, self.sharpness.rho)
         del trunk
         with moving:
+            if self.evaluation.findings.compiled:  # each graph allows one backward pass
+                for k in tasks:
+                    self._renew(k, self._losses([k])[0])
+                return
             for k, value in enumerate(self._losses(tasks)):
                 self._renew(k, value, retain_graph=k + 1 < len(tasks))
 
@@ -231,7 +235,8 @@ class SecondLook:
             inputs = [*self.rows.parameters, *also]
             if value is not None and inputs:
                 seed = self.evaluation.seed(k, value, self.multiplied[k])
-                torch.autograd.backward(value, seed, retain_graph=retain_graph, inputs=inputs)
+                with self.evaluation.passes.one():
+                    torch.autograd.backward(value, seed, retain_graph=retain_graph, inputs=inputs)
                 gradients = [p.grad for p in also]
         for i, parameter in enumerate(also):
             parameter.grad = None

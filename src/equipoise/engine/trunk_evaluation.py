@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.boundary import Boundary, along_trunk, through_trunk, weighted_sum
-from equipoise.engine.direction import Combination, FeatureGradients
+from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
+from equipoise.engine.passes import Findings, Passes, findings_of
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
-from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Targets, check_loss
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.linalg import inner, length, on_host
@@ -39,6 +39,7 @@ class TrunkEvaluation(Evaluation):
         presence: the targets.
         ranks: the processes that train together.
         again: whether there will be further looks, for which draws are recorded.
+        findings: what is known of the network's graphs; None: the first look finds it out.
 
     Attributes:
         features: the cut between trunk and heads; once `look` was called.
@@ -53,24 +54,30 @@ class TrunkEvaluation(Evaluation):
         presence: Targets,
         ranks: Ranks,
         again: bool = False,
+        findings: Findings | None = None,
     ) -> None:
         self.model = model
         self.losses_of = losses
         self.inputs = inputs
         self.presence = self.targets = presence
         self.ranks = ranks
-        self.replay = Replay(model) if again else None
+        self._first = findings is None
+        self.findings = Findings() if findings is None else findings
+        self.replay = Replay(model) if again or self._first else None
         self.functions = [losses[task] for task in presence.names]
         self.shared = trainable(model.shared_parameters())
         self.own = [trainable(model.head_parameters(task)) for task in presence.names]
         self.latent: Gradients = []
         self._sent_back: list[Gradients] = []
         self._linear: tuple[Gradients, Gradients] = [], []
+        self._used = False  # whether the graph of the features has seen a backward pass
 
     # ------------------------------------------------------------------ the first look
 
     def look(self, apart: bool = True) -> Evaluation:
         """Pass the trunk once and each head once; with `apart` each on features of its own."""
+        if apart and self.findings.compiled_trunk and self.replay is None:
+            self.replay = Replay(self.model)
         recording = self.replay.recording if self.replay else lambda *_: nullcontext()
         names, model = self.presence.names, self.model
         with self.ranks.agreeing():
@@ -81,12 +88,15 @@ class TrunkEvaluation(Evaluation):
                 raise EquipoiseError(
                     "the trunk has parameters to train, but no tensor that requires a gradient "
                     "was found in what it returned; let it return a tensor, or nested dicts, lists "
-                    "and tuples of tensors."
+                    "and tuples of tensors, and checkpoint none of it with use_reentrant=True."
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):
                 with recording(k, model.heads[task]):
                     self.values.append(self._loss(k, self.features.of(k)))
+        if self._first:
+            self.findings = findings_of(names, self.features.outputs, self.values, self.ranks)
+        self.passes = Passes(model, self.findings, self._first)
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
         return self
@@ -115,7 +125,9 @@ class TrunkEvaluation(Evaluation):
 
     def repeated(self) -> TrunkEvaluation:
         """The same batch once more, as if it were new."""
-        return TrunkEvaluation(self.model, self.losses_of, self.inputs, self.targets, self.ranks)
+        return TrunkEvaluation(
+            self.model, self.losses_of, self.inputs, self.targets, self.ranks, False, self.findings
+        )
 
     # ------------------------------------------------------------------ backward
 
@@ -130,7 +142,8 @@ class TrunkEvaluation(Evaluation):
         wanted = [*self.features.inputs, *parameters]
         found: Gradients = [None] * len(wanted)
         if ends and wanted:
-            found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
+            with self.passes.one():
+                found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
         cut = len(self.features.inputs)
         self._sent_back = self.features.sort(found[:cut])
         rest = iter(self.ranks.sum_gradients(found[cut:], parameters))
@@ -152,7 +165,19 @@ class TrunkEvaluation(Evaluation):
     def row(self, k: int, retain_graph: bool) -> Gradients:
         """The trunk's gradients of the k-th present task, of this process: one backward."""
         sent_back = self._sent_back[k] if self._sent_back else []
-        return through_trunk(self.features.outputs, self.shared, sent_back, retain_graph)
+        outputs = self._outputs()
+        keep = retain_graph and not self.findings.compiled_trunk
+        with self.passes.one():
+            return through_trunk(outputs, self.shared, sent_back, keep)
+
+    def _outputs(self) -> list[Tensor]:
+        """The trunk's outputs, with a graph for one more backward pass."""
+        used, self._used = self._used, True
+        if not used or not self.findings.compiled_trunk:
+            return self.features.outputs
+        assert self.replay is not None
+        with self.ranks.agreeing(), self.replay.again(TRUNK):
+            return Boundary(self.model.trunk(self.inputs), 0).outputs
 
     def backward(self, coefficients: Tensor, factors: Tensor) -> tuple[Gradients, list[Gradients]]:
         """One backward through all heads and one through the trunk."""
@@ -176,9 +201,12 @@ class TrunkEvaluation(Evaluation):
             again: whether the trunk will be passed again, by `slopes` or `fill_from_heads`.
         """
         self.latent = starts = latent
+        again = again and not self.findings.compiled_trunk  # which has no second derivative
         if again:
             starts = [None if u is None else u.detach().requires_grad_() for u in starts]
-        found = through_trunk(self.features.outputs, self.shared, starts, create_graph=again)
+        outputs = self._outputs()
+        with self.passes.one():
+            found = through_trunk(outputs, self.shared, starts, create_graph=again)
         if again:
             self._linear = found, starts
             found = [None if g is None else g.detach() for g in found]
@@ -196,7 +224,10 @@ class TrunkEvaluation(Evaluation):
             float64 on the CPU; None if a layer has no such derivative, or a wrong one:
             `<d_z, J v>` has to be |v|^2.
         """
-        moves = along_trunk(*self._linear, steps)
+        moves = None
+        if self._linear[0]:
+            with self.passes.one():
+                moves = along_trunk(*self._linear, steps)
         numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64)
         if moves is not None:
             numbers = on_host([inner(own, moves) for own in (*self._sent_back, self.latent)])
@@ -256,17 +287,3 @@ class TrunkEvaluation(Evaluation):
 def trainable(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Those that are not frozen."""
     return [p for p in parameters if p.requires_grad]
-
-
-def combine_features(
-    look: Evaluation, stages: Stages, factors: Tensor
-) -> tuple[Combination, Gradients, list[Gradients]]:
-    """The direction from gradients of the features: one backward through all heads, one below.
-
-    Returns:
-        How it came about, the trunk's gradients, and those of the heads, of the raw losses.
-    """
-    assert isinstance(look, TrunkEvaluation)
-    gradients, own = look.feature_gradients(factors)
-    result, latent = gradients.combine(stages.aggregator, look.losses, stages.descent)
-    return result, look.through(latent, again=stages.verifying is not None), own

@@ -13,6 +13,7 @@ from equipoise.engine.compatibility import shared_trunk
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
 from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.passes import Findings
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Targets
@@ -53,6 +54,7 @@ class TrunkNetwork(Network):
         self.tasks = model.tasks
         self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
         self.checked: dict[str, Callable[..., Tensor]] = {}
+        self.findings = Findings()
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -74,7 +76,9 @@ class TrunkNetwork(Network):
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
-            return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
+            return TrunkEvaluation(
+                self.model, self.losses, inputs, presence, ranks, again, self.findings
+            )
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
 
     def forget_gradients(self) -> None:
@@ -97,12 +101,12 @@ class TrunkNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        checked, graph = self.checked, self._graph
+        checked, findings, graph = self.checked, self.findings, self._graph
         try:
             with nullcontext() if graph is None else graph.unchanged_on_error():
                 yield
         except BaseException:
-            self.checked, self._graph = checked, graph
+            self.checked, self.findings, self._graph = checked, findings, graph
             raise
 
     # ------------------------------------------------------------------ paths beyond the heads
@@ -175,6 +179,7 @@ class _CheckedEvaluation(TrunkEvaluation):
         if not beyond:
             found = {task: self.network.losses[task] for task in self.presence.names}
             self.network.checked = self.network.checked | found
+            self.network.findings = self.findings.and_those(self.network.findings)
             return self
         put_back(buffers)
         random.restore()

@@ -1,0 +1,141 @@
+"""Backward passes: how many a graph allows, and what they change besides giving gradients.
+
+A compiled part allows one backward pass for each forward pass: its memory is used again on the way.
+A part that is checkpointed (torch.utils.checkpoint) runs its forward pass again in each backward
+pass, and with it moves its buffers again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.engine.graphs import REENTRANT, is_compiled, kinds_below, refuse_reentrant
+from equipoise.engine.ranks import Ranks
+from equipoise.errors import EquipoiseError
+from equipoise.replay import Buffers, copy_of_buffers, put_back
+
+
+@dataclass
+class Findings:
+    """What the first looks at the graphs of a network have shown.
+
+    Attributes:
+        tasks: whose graphs were looked at.
+        compiled: whether any part is compiled.
+        compiled_trunk: whether a part of the trunk is, where there is a trunk.
+        moves_buffers: whether backward passes move buffers.
+    """
+
+    tasks: frozenset[str] = frozenset()
+    compiled: bool = False
+    compiled_trunk: bool = False
+    moves_buffers: bool = False
+
+    def and_those(self, others: Findings) -> Findings:
+        """These, after what earlier looks have shown is taken in."""
+        self.tasks |= others.tasks
+        self.compiled |= others.compiled
+        self.compiled_trunk |= others.compiled_trunk
+        self.moves_buffers |= others.moves_buffers
+        return self
+
+
+def findings_of(
+    tasks: Iterable[str],
+    trunk: Iterable[Tensor],
+    losses: Iterable[Tensor | None],
+    ranks: Ranks,
+) -> Findings:
+    """What the graphs of some tasks show.
+
+    Args:
+        tasks: the same in all processes.
+        trunk: the outputs of the trunk, at which the graphs of the losses end; none: they do not.
+        losses: of this process.
+        ranks: the processes that train together.
+
+    Raises:
+        EquipoiseError: a part is checkpointed in the reentrant way.
+    """
+    with ranks.agreeing():
+        below_features, above = kinds_below(trunk), kinds_below(losses)
+        refuse_reentrant(below_features | above)
+    here = [is_compiled(below_features), is_compiled(above)]
+    in_trunk, elsewhere = (ranks.sum(torch.tensor(here, dtype=torch.float64)) > 0).tolist()
+    return Findings(frozenset(tasks), in_trunk or elsewhere, in_trunk)
+
+
+class Passes:
+    """The backward passes of one batch; together they move buffers as one backward pass would.
+
+    Each starts from the buffers that the forward pass has left; in the end a buffer has the value
+    that the first of them to move it has given it.
+
+    Args:
+        module: whose buffers.
+        findings: of the network; is told whether buffers move.
+        first: whether that is still to be found out.
+    """
+
+    def __init__(self, module: nn.Module, findings: Findings, first: bool = False) -> None:
+        self._module, self._findings = module, findings
+        self._watching = first or findings.moves_buffers
+        self._start: Buffers | None = None
+        self._moved: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+
+    def one(self) -> AbstractContextManager[Any]:
+        """For the body, which makes one backward pass."""
+        return self._watched() if self._watching else nullcontext()
+
+    @contextmanager
+    def _watched(self) -> Generator[None]:
+        if self._start is None:
+            self._start = copy_of_buffers(self._module)
+        elif self._moved:
+            put_back(self._start)
+        versions = [_version(buffer) for _, _, buffer, _ in self._start]
+        yield
+        for (owner, name, buffer, _), version in zip(self._start, versions, strict=True):
+            now = owner._buffers.get(name)
+            moved = now is not None and (now is not buffer or _version(now) != version)
+            if now is not None and moved and (owner, name) not in self._moved:
+                self._moved[owner, name] = now, now.clone()
+        if self._moved:
+            put_back([(*key, *values) for key, values in self._moved.items()])
+            self._findings.moves_buffers = True
+
+
+def _version(buffer: Tensor) -> int:
+    """Changes when the buffer is written to; buffers of inference mode do not say."""
+    return 0 if buffer.is_inference() else buffer._version
+
+
+def explained(error: RuntimeError) -> EquipoiseError | None:
+    """What to do where autograd refuses what a network or a loss asks of it; None: not known."""
+    for sign, explanation in EXPLANATIONS.items():
+        if sign in str(error):
+            return EquipoiseError(explanation)
+    return None
+
+
+ONCE_MORE = (
+    "a compiled part of the network was differentiated once more than torch.compile allows: by a "
+    "loss that takes gradients itself (leave what it differentiates uncompiled), or because it was "
+    "compiled after the first step (build a new Step)."
+)
+
+EXPLANATIONS = {
+    "backward through the graph a second time": (
+        "a loss has a graph that was used before. Make the whole forward pass inside the closure, "
+        "or inside trunk and heads, and do not call backward there."
+    ),
+    "donated buffers": ONCE_MORE,
+    "does not currently support double backward": ONCE_MORE,
+    "When use_reentrant=True": REENTRANT,
+}
