@@ -103,6 +103,8 @@ def backward(
         raise EquipoiseError(
             "no loss reaches any of the shared parameters; were the features detached?"
         )
+    if features is None and (len(values) > 1 or retain_graph):
+        _refuse_compiled(kinds)
     presence = Presence(names, [1.0] * len(names), ranks)
     joint = ranks.sum(torch.stack([v.detach().to("cpu", torch.float64) for v in values]))
     joint /= ranks.size
@@ -112,8 +114,6 @@ def backward(
         values = [value / ranks.size for value in values]  # this process's part of the joint losses
         looking = _Graph(values, parameters, others, weighted.factors, ranks, retain_graph)
         if features is None:
-            if len(values) > 1 or retain_graph:
-                _refuse_compiled(kinds)
             direction, rest, result = looking.by_rows(stage, joint)
         else:
             direction, rest, result = looking.by_features(stage, joint, features, names)

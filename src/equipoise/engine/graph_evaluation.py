@@ -165,7 +165,7 @@ class GraphEvaluation(Evaluation):
         values = zip(self.presence.names, self.values, strict=True)
         partition.update({task: v for task, v in values if v is not None}, self.ranks)
         if network.needs.owners is not None:
-            partition.refuse_common(network.needs.owners)
+            partition.refuse_common(network.needs.owners, self.findings.compiled)
         self.shared = partition.shared
         self.own = [partition.own(task) for task in self.presence.names]
         if not self.shared and len(self.own) > 1 and network.needs.rows is not None:

@@ -15,34 +15,41 @@ def reached_leaves(
 ) -> dict[Tensor, int]:
     """The leaves of the graphs of several losses, each with a bit for each loss that reaches it.
 
-    One joint walk: bit i of a node is set if loss i reaches it, and nodes are visited after all
-    that lead to them.
-
     Args:
         losses: what the graphs end at.
         stop: nodes beyond which the walk does not go.
         kinds: is given the types of all nodes that the walk meets.
     """
-    stop = set(stop)
     leaves: dict[Tensor, int] = {}
-    masks: dict[Any, int] = {}
     for i, loss in enumerate(losses):
-        if loss.grad_fn is not None:
-            masks[loss.grad_fn] = masks.get(loss.grad_fn, 0) | 1 << i
-        elif loss.requires_grad:
+        if loss.grad_fn is None and loss.requires_grad:
             leaves[loss] = leaves.get(loss, 0) | 1 << i
-    order = below(list(masks), stop)
+    masks = reached_nodes(losses, stop)
     if kinds is not None:
-        kinds.update(map(type, order))
-    for node in reversed(order):
-        mask = masks[node]
+        kinds.update(map(type, masks))
+    for node, mask in masks.items():
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves[variable] = leaves.get(variable, 0) | mask
+    return leaves
+
+
+def reached_nodes(losses: Sequence[Tensor], stop: Iterable[Any] = ()) -> dict[Any, int]:
+    """The nodes of the graphs of several losses, each with a bit for each loss that reaches it.
+
+    A node comes after all that lead to it. Arguments are those of `reached_leaves`.
+    """
+    stop = set(stop)
+    roots: dict[Any, int] = {}
+    for i, loss in enumerate(losses):
+        if loss.grad_fn is not None:
+            roots[loss.grad_fn] = roots.get(loss.grad_fn, 0) | 1 << i
+    masks = {node: roots.get(node, 0) for node in reversed(below(roots, stop))}
+    for node, mask in masks.items():
         for child, _ in node.next_functions:
             if child is not None and child not in stop:
-                masks[child] = masks.get(child, 0) | mask
-    return leaves
+                masks[child] |= mask
+    return masks
 
 
 def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:

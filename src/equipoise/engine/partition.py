@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.graphs import is_compiled, kinds_below, reached_leaves
+from equipoise.engine.graphs import is_compiled, reached_leaves, reached_nodes
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError, TaskError, nearest
 
@@ -70,8 +70,12 @@ class Partition:
         """The parameters that follow this task's loss alone, or together with other tasks'."""
         return self._own[self.tasks.index(task)]
 
-    def refuse_common(self, user: str) -> None:
+    def refuse_common(self, user: str, compiled: bool) -> None:
         """Refuse a parameter outside `shared` that several tasks reach, for the sake of a stage.
+
+        Args:
+            user: the stage.
+            compiled: whether it may be a compiled part alone that makes it so.
 
         Raises:
             EquipoiseError: there is one; names it and the tasks.
@@ -82,8 +86,13 @@ class Partition:
                 tasks = [repr(t) for i, t in enumerate(self.tasks) if mask >> i & 1]
                 raise EquipoiseError(
                     f"parameter {self.names[p]!r} is reached by tasks {' and '.join(tasks)} but is "
-                    f"not in `shared`, and {user} needs to know whose it is. Add it to `shared`, "
-                    "or leave `shared` out."
+                    f"not in `shared`, and {user} needs to know whose it is. "
+                    + (
+                        "Compile what is shared and each task's own part apart, or add it to "
+                        "`shared`."
+                        if compiled
+                        else "Add it to `shared`, or leave `shared` out."
+                    )
                 )
 
     def reached(self) -> dict[Tensor, list[str]]:
@@ -175,11 +184,12 @@ class Partition:
 
 
 def _refuse_compiled(losses: Mapping[str, Tensor]) -> None:
-    """Raise EquipoiseError where a compiled part hides which loss reaches which parameter."""
-    for task, loss in losses.items():
-        if is_compiled(kinds_below([loss])):
+    """Raise TaskError where a compiled part hides which loss reaches which parameter in it."""
+    names = list(losses)
+    for node, mask in reached_nodes(list(losses.values())).items():
+        if mask.bit_count() > 1 and is_compiled([type(node)]):
             raise TaskError(
-                task,
+                names[(mask & -mask).bit_length() - 1],
                 "its graph has a compiled part, which does not show what each task reaches in it. "
                 "Say what is shared by `shared=`.",
             )
