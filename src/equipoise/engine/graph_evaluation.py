@@ -18,7 +18,7 @@ from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
-from equipoise.errors import EquipoiseError, TaskError, nearest
+from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, nearest
 from equipoise.replay import Replay
 
 Closure = Callable[[], Mapping[str, Any]]
@@ -146,7 +146,7 @@ class GraphEvaluation(Evaluation):
                 loss, count = loss[0], float(loss[1])
             check_loss(task, loss)
             if not loss.requires_grad:
-                raise TaskError(task, "loss is not connected to the network; was it detached?")
+                raise TaskError(task, NOT_CONNECTED)
             if not 0 <= count < float("inf"):
                 raise TaskError(task, f"has {count} samples; give a number from 0 on.")
             if task not in self.left_out and count > 0:

@@ -18,7 +18,7 @@ from equipoise.engine.passes import Findings, Passes, findings_of
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.targets import Targets, check_loss
-from equipoise.errors import EquipoiseError, TaskError
+from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
@@ -120,7 +120,7 @@ class TrunkEvaluation(Evaluation):
         check_loss(task, loss)
         trained = self.features.inputs or self.own[k]
         if trained and torch.is_grad_enabled() and not loss.requires_grad:
-            raise TaskError(task, "loss is not connected to the network; was it detached?")
+            raise TaskError(task, NOT_CONNECTED)
         return loss
 
     def repeated(self) -> TrunkEvaluation:
