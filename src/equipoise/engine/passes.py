@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ class Findings:
         compiled: whether any part is compiled.
         compiled_trunk: whether a part of the trunk is, where there is a trunk.
         moves_buffers: whether backward passes move buffers.
+        silent: the layers whose buffers they move without a sign.
     """
 
     tasks: frozenset[str] = frozenset()
     compiled: bool = False
     compiled_trunk: bool = False
     moves_buffers: bool = False
+    silent: set[nn.Module] = field(default_factory=set)
 
     def and_those(self, others: Findings) -> Findings:
         """These, after what earlier looks have shown is taken in."""
@@ -43,6 +45,7 @@ class Findings:
         self.compiled |= others.compiled
         self.compiled_trunk |= others.compiled_trunk
         self.moves_buffers |= others.moves_buffers
+        self.silent |= others.silent
         return self
 
 
@@ -74,24 +77,24 @@ def findings_of(
 class Passes:
     """The backward passes of one batch; together they move buffers as one backward pass would.
 
-    Each starts from the buffers that the forward pass has left; in the end a buffer has the value
-    that the first of them to move it has given it.
+    Each starts from the buffers that the forward pass has left; in the end the buffers of a layer
+    have the values that the first of them to move these has given them.
 
     Args:
         module: whose buffers.
-        findings: of the network; is told whether buffers move.
+        findings: of the network; is told what moves.
         first: whether that is still to be found out.
     """
 
     def __init__(self, module: nn.Module, findings: Findings, first: bool = False) -> None:
-        self._module, self._findings = module, findings
-        self._watching = first or findings.moves_buffers
+        self._module, self._findings, self._first = module, findings, first
         self._start: Buffers | None = None
-        self._moved: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]] = {}
+        self._moved: dict[nn.Module, Buffers] = {}
 
     def one(self) -> AbstractContextManager[Any]:
         """For the body, which makes one backward pass."""
-        return self._watched() if self._watching else nullcontext()
+        watching = self._first or self._findings.moves_buffers
+        return self._watched() if watching else nullcontext()
 
     @contextmanager
     def _watched(self) -> Generator[None]:
@@ -101,19 +104,32 @@ class Passes:
             put_back(self._start)
         versions = [_version(buffer) for _, _, buffer, _ in self._start]
         yield
-        for (owner, name, buffer, _), version in zip(self._start, versions, strict=True):
+        signed, changed = set(), set()
+        for (owner, name, buffer, value), version in zip(self._start, versions, strict=True):
             now = owner._buffers.get(name)
-            moved = now is not None and (now is not buffer or _version(now) != version)
-            if now is not None and moved and (owner, name) not in self._moved:
-                self._moved[owner, name] = now, now.clone()
-        if self._moved:
-            put_back([(*key, *values) for key, values in self._moved.items()])
-            self._findings.moves_buffers = True
+            if now is not buffer or _version(buffer) != version:
+                signed.add(owner)
+            # BatchNorm writes its statistics without a sign; looking costs a wait for the device.
+            elif (self._first or owner in self._findings.silent) and not _equal(buffer, value):
+                changed.add(owner)
+        self._findings.silent |= changed - signed
+        for owner in (signed | changed) - self._moved.keys():
+            self._moved[owner] = [
+                (owner, name, buffer, buffer.clone())
+                for name, buffer in owner.named_buffers(recurse=False)
+            ]
+        for values in self._moved.values():
+            put_back(values)
+        self._findings.moves_buffers |= bool(self._moved)
 
 
 def _version(buffer: Tensor) -> int:
     """Changes when the buffer is written to; buffers of inference mode do not say."""
     return 0 if buffer.is_inference() else buffer._version
+
+
+def _equal(buffer: Tensor, value: Tensor) -> bool:
+    return buffer.layout != torch.strided or torch.equal(buffer, value)
 
 
 def explained(error: RuntimeError) -> EquipoiseError | None:
