@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -211,24 +212,63 @@ def test_the_reentrant_kind_is_refused(parts: tuple[Part, Part], recipe: str, fo
     assert differences(before, snapshot(step)) == []
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.parametrize("form", ["trunk", "closure"])
-def test_a_reentrant_part_that_comes_first(form: str) -> None:
-    def whole(part: nn.Module) -> nn.Module:
-        return Saved(part, use_reentrant=True)
+def wholly_reentrant(part: nn.Module) -> nn.Module:
+    """Checkpoint all of it in the reentrant way: the graph does not show that there is a part."""
+    return Saved(part, use_reentrant=True)
 
-    model = network(whole)
-    step, batch = built(model, "mgda", form)
-    if form == "closure":
-        step = eq.Step(model, list(TASKS), sgd(model), None, eq.MGDA())
-        inputs, targets = class_batch(TASKS)
-        batch = (
-            lambda: {t: F.cross_entropy(model.trunk(inputs)[:, :3], targets[t]) for t in TASKS},
-        )
+
+def first_reentrant(part: nn.Module) -> nn.Module:
+    """Checkpoint the first layers in the reentrant way, and no others."""
+    return nn.Sequential(Saved(part[:5], use_reentrant=True), part[5:])
+
+
+@pytest.mark.parametrize("part", [wholly_reentrant, first_reentrant])
+@pytest.mark.parametrize("recipe", ["ew", "cagrad"])
+@pytest.mark.parametrize("form", ["trunk", "closure"])
+def test_a_reentrant_part_that_comes_first(part: Part, recipe: str, form: str) -> None:
+    step, batch = built(network(part), recipe, form)
     before = deepcopy(snapshot(step))
-    with pytest.raises(eq.EquipoiseError, match="checkpoint.* use_reentrant=True"):
+    with pytest.raises(eq.EquipoiseError, match="use_reentrant="):
         step(*batch)
     assert differences(before, snapshot(step)) == []
+
+
+def test_a_closure_that_ends_in_a_reentrant_part() -> None:
+    model = network(wholly_reentrant)
+    inputs, targets = class_batch(TASKS)
+
+    def losses() -> dict[str, Tensor]:
+        outputs = model.trunk(inputs)[:, :3]
+        return {t: F.cross_entropy(outputs, targets[t]) for t in TASKS}
+
+    step = eq.Step(model, TASKS, sgd(model), None, eq.MGDA())
+    with pytest.raises(eq.TaskError, match="inside a checkpoint with use_reentrant=True"):
+        step(losses)
+
+
+@pytest.mark.parametrize("form", ["trunk", "closure"])
+def test_a_frozen_part_may_be_of_the_reentrant_kind(form: str) -> None:
+    found = []
+    for part in (first_reentrant, Stored):
+        model = network(part)
+        body = model.trunk[0].part if part is first_reentrant else model.trunk.part[:5]
+        body.requires_grad_(False)
+        step, batch = built(model, "cagrad", form)
+        torch.manual_seed(7)
+        found.append([step(*batch).gram, *(p.detach().clone() for p in model.parameters())])
+    assert differences(*found) == []
+
+
+def test_other_warnings_of_the_first_step_come_through() -> None:
+    model = network()
+
+    def losses() -> dict[str, Tensor]:
+        warnings.warn("said by the closure", UserWarning, stacklevel=1)
+        return closure_of(model, *class_batch(TASKS))()
+
+    step = eq.Step(model, TASKS, sgd(model), None, eq.MGDA())
+    with pytest.warns(UserWarning, match="said by the closure"):
+        step(losses)
 
 
 def test_backward_refuses_the_reentrant_kind() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import Counted, all_tasks, class_batch, differences, sgd
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import equipoise as eq
 from equipoise.engine.ranks import Ranks
@@ -146,6 +147,37 @@ def test_one_part_compiled(
     for form in ("trunk", "closure"):
         _, found = two_steps(networks(parts), recipe, form)
         assert close(found, two_steps(network(), recipe, form)[1])
+
+
+class Saved(nn.Module):
+    """A part that is checkpointed as a whole."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "trunk",
+    [
+        lambda part: nn.Sequential(*part[:4], compiled(part[4:6]), *part[6:]),
+        lambda part: Saved(compiled(part)),
+        lambda part: compiled(Saved(part)),
+    ],
+    ids=["a layer within the trunk", "inside a checkpoint", "with a checkpoint inside"],
+)
+def test_compiled_in_part_and_checkpointed(trunk: Callable[[nn.Module], nn.Module]) -> None:
+    for form in ("trunk", "closure"):
+        found = []
+        for make in (trunk, lambda part: part):
+            plain = network()
+            model = eq.SharedTrunk(make(plain.trunk), dict(plain.heads.items()))
+            step, _ = two_steps(model, "cagrad", form)
+            found.append([p.detach() for p in step.model.parameters()])
+        assert close(*found)
 
 
 def test_a_network_compiled_as_a_whole() -> None:

@@ -75,7 +75,8 @@ class Evaluation(ABC):
     def fill(self, rows: Rows) -> list[Gradients]:
         """Fill a row with each present task's gradient of the shared parameters.
 
-        Costs T' backward passes. Returns the gradients of each task's own parameters.
+        Costs T' backward passes, and where parts are compiled T' - 1 forward passes. Returns the
+        gradients of each task's own parameters.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from equipoise.engine.evaluation import Evaluation, Moving, Network
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.partition import Partition
-from equipoise.engine.passes import Findings, Passes, findings_of
+from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
@@ -119,7 +119,9 @@ class GraphEvaluation(Evaluation):
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
                 recording.enter_context(self.replay.recording(None))
+            cuts = recording.enter_context(noting_cuts(first))
             found = self._call()
+        self.suspect = network.module if cuts else None
         counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
         self.presence = Presence(network.tasks, counts, ranks)
         self.values = self._of_present(found)
@@ -182,7 +184,7 @@ class GraphEvaluation(Evaluation):
         names, known = self.presence.names, self.network.findings
         first = not known.tasks.issuperset(names)
         if first:
-            new = findings_of(names, (), self.values, self.ranks)
+            new = findings_of(names, (), self.values, self.ranks, self.suspect)
             self.network.findings = new.and_those(known)
         self.findings = self.network.findings
         self.passes = Passes(self.network.module, self.findings, first)

@@ -7,6 +7,7 @@ pass, and with it moves its buffers again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.graphs import REENTRANT, is_compiled, kinds_below, refuse_reentrant
+from equipoise.engine.graphs import (
+    REENTRANT,
+    is_compiled,
+    kinds_below,
+    reached_leaves,
+    refuse_reentrant,
+)
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
 from equipoise.replay import Buffers, copy_of_buffers, put_back
@@ -54,6 +61,7 @@ def findings_of(
     trunk: Iterable[Tensor],
     losses: Iterable[Tensor | None],
     ranks: Ranks,
+    suspect: nn.Module | None = None,
 ) -> Findings:
     """What the graphs of some tasks show.
 
@@ -62,16 +70,44 @@ def findings_of(
         trunk: the outputs of the trunk, at which the graphs of the losses end; none: they do not.
         losses: of this process.
         ranks: the processes that train together.
+        suspect: the network, if torch has warned that a checkpoint in it loses gradients.
 
     Raises:
-        EquipoiseError: a part is checkpointed in the reentrant way.
+        EquipoiseError: a part with parameters to train is checkpointed in the reentrant way.
     """
     with ranks.agreeing():
-        below_features, above = kinds_below(trunk), kinds_below(losses)
+        outputs, known = list(trunk), [v for v in losses if v is not None]
+        below_features, above = kinds_below(outputs), kinds_below(known)
         refuse_reentrant(below_features | above)
+        if suspect is not None:
+            reached = reached_leaves([*outputs, *known])
+            if any(p.requires_grad and p not in reached for p in suspect.parameters()):
+                raise EquipoiseError(REENTRANT)
     here = [is_compiled(below_features), is_compiled(above)]
     in_trunk, elsewhere = (ranks.sum(torch.tensor(here, dtype=torch.float64)) > 0).tolist()
     return Findings(frozenset(tasks), in_trunk or elsewhere, in_trunk)
+
+
+@contextmanager
+def noting_cuts(watching: bool) -> Generator[list[str]]:
+    """Note torch's warnings of reentrant checkpoints through which no gradient comes back.
+
+    A checkpoint whose inputs require no gradient leaves nothing in the graph that would show it.
+    """
+    noted: list[str] = []
+    if not watching:
+        yield noted
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield noted
+    for warning in caught:
+        if "None of the inputs have requires_grad=True" in str(warning.message):
+            noted.append(str(warning.message))
+        else:  # whatever the user wants to be done with it
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 class Passes:

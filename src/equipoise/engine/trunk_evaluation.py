@@ -14,7 +14,7 @@ from equipoise.engine.boundary import Boundary, along_trunk, through_trunk, weig
 from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
-from equipoise.engine.passes import Findings, Passes, findings_of
+from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.targets import Targets, check_loss
@@ -80,7 +80,7 @@ class TrunkEvaluation(Evaluation):
             self.replay = Replay(self.model)
         recording = self.replay.recording if self.replay else lambda *_: nullcontext()
         names, model = self.presence.names, self.model
-        with self.ranks.agreeing():
+        with self.ranks.agreeing(), noting_cuts(self._first) as cuts:
             with recording(TRUNK, model.trunk):
                 features = model.trunk(self.inputs)
             self.features = Boundary(features, len(names), apart)
@@ -95,7 +95,8 @@ class TrunkEvaluation(Evaluation):
                 with recording(k, model.heads[task]):
                     self.values.append(self._loss(k, self.features.of(k)))
         if self._first:
-            self.findings = findings_of(names, self.features.outputs, self.values, self.ranks)
+            outputs, suspect = self.features.outputs, model if cuts else None
+            self.findings = findings_of(names, outputs, self.values, self.ranks, suspect)
         self.passes = Passes(model, self.findings, self._first)
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
