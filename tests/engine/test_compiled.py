@@ -215,6 +215,17 @@ def test_a_forward_pass_for_each_backward_pass(
     assert counts == passes
 
 
+@pytest.mark.parametrize("recipe", ["bls", "fbls(verify=true)", "famo", "f-cagrad"])
+def test_further_looks_use_the_code_of_the_first(
+    networks: Callable[[str], eq.SharedTrunk], recipe: str
+) -> None:
+    """Other code might have other dropout masks, and would cost another compilation."""
+    two_steps(networks("trunk and heads"), "ew", "trunk")
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    two_steps(networks("trunk and heads"), recipe, "trunk")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations >= 4
+
+
 def test_lookahead_affinity(networks: Callable[[str], eq.SharedTrunk]) -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()

@@ -170,7 +170,8 @@ class Evaluation(ABC):
     def losses_or_nan(self) -> Tensor:
         """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""
         try:
-            losses = self.look().losses
+            with torch.set_grad_enabled(self.findings.compiled):  # by the code of the first look
+                losses = self.look().losses
         except NonFiniteError:  # the next step will say so
             return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
         return self.presence.spread(losses, torch.nan)

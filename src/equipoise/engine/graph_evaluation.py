@@ -113,7 +113,7 @@ class GraphEvaluation(Evaluation):
         self.closure = closure
         self.ranks = ranks
         self.left_out = {network.tasks[i] for i in left_out}
-        known = network.findings
+        self.findings = known = network.findings
         first = not known.tasks | self.left_out >= set(network.tasks)
         self.replay = Replay(network.module) if again or known.compiled or first else None
         with ranks.agreeing(), ExitStack() as recording:

@@ -273,12 +273,13 @@ class TrunkEvaluation(Evaluation):
             latent: along what the features are moved, and how far; None: not at all.
         """
         tasks = range(len(self.own))
-        with torch.no_grad():
+        recorded = self.findings.compiled  # then the code of the first look serves again
+        with torch.set_grad_enabled(recorded):
             torch.clear_autocast_cache()  # it holds half-precision copies of the parameters
             if latent is None:
                 values = self.losses_again(tasks)
             else:
-                features = self.features.moved(*latent)
+                features = self.features.moved(*latent, recorded)
                 with self.ranks.agreeing():
                     values = [self._loss_again(k, features) for k in tasks]
             torch.clear_autocast_cache()
