@@ -223,7 +223,7 @@ def test_further_looks_use_the_code_of_the_first(
     two_steps(networks("trunk and heads"), "ew", "trunk")
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     two_steps(networks("trunk and heads"), recipe, "trunk")
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations >= 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations >= 2
 
 
 def test_lookahead_affinity(networks: Callable[[str], eq.SharedTrunk]) -> None:
