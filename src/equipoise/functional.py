@@ -19,7 +19,8 @@ from equipoise.engine.boundary import through_trunk
 from equipoise.engine.direction import Combination, FeatureGradients, combine
 from equipoise.engine.factors import factors_of
 from equipoise.engine.gradients import Gradients, added, divided, scaled
-from equipoise.engine.partition import below, reached_leaves
+from equipoise.engine.graphs import below, is_compiled, reached_leaves, refuse_reentrant
+from equipoise.engine.passes import explained
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.scaling import Scaler, Scaling, above_one, mark, scales_of
@@ -78,7 +79,9 @@ def backward(
         TaskError: a loss is not a scalar, not connected to a graph, or not finite; or with
             `features` it reaches a shared parameter without passing through them.
         NonFiniteError: a gradient is not finite. No `.grad` has changed in either case.
-        EquipoiseError: no loss reaches the shared parameters, or `features` is detached.
+        EquipoiseError: no loss reaches the shared parameters, `features` is detached, or a graph
+            has a part that is compiled (unless it comes before `features`) or checkpointed with
+            use_reentrant=True.
         CombinationError: a callable without coefficients at the feature level, or a weighting that
             needs the losses after the update or the learning rate, which only a Step knows.
 
@@ -100,12 +103,16 @@ def backward(
     _refuse_what_only_a_step_knows(weighs)
     parameters = [p for p in shared if p.requires_grad]
     own = set(parameters)
-    leaves = reached_leaves(values)
+    kinds: set[type] = set()
+    leaves = reached_leaves(values, kinds=kinds)
+    refuse_reentrant(kinds)
     others = [leaf for leaf in leaves if leaf not in own]
     if parameters and not own & leaves.keys():
         raise EquipoiseError(
             "no loss reaches any of the shared parameters; were the features detached?"
         )
+    if features is None and (len(values) > 1 or retain_graph):
+        _refuse_compiled(kinds)
     presence = Presence(names, [1.0] * len(names), ranks)
     everything, scales = (*parameters, *others, *weighs.learnable), scales_of(values)
     joint = ranks.sum(torch.stack([v.detach().to("cpu", torch.float64) for v in values]))
@@ -133,6 +140,11 @@ def backward(
         return Combination(None)
     except TaskError as error:
         raise (error.named(names) if isinstance(losses, Mapping) else error) from None
+    except RuntimeError as error:
+        known = explained(error)
+        if known is None:
+            raise
+        raise known from error
     found = scaling.scaled([*direction, *rest, *weighted.learned])
     for p, gradient in zip(everything, found, strict=True):
         if gradient is not None:
@@ -248,7 +260,10 @@ class _Graph:
                 "those that come first."
             )
         shared = set(self.parameters)
-        for leaf, mask in reached_leaves(self.losses, stop=ends).items():
+        kinds: set[type] = set()
+        above = reached_leaves(self.losses, stop=ends, kinds=kinds)
+        _refuse_compiled(kinds)
+        for leaf, mask in above.items():
             if leaf in shared:
                 raise TaskError(
                     names[(mask & -mask).bit_length() - 1],
@@ -256,6 +271,15 @@ class _Graph:
                     "through `features`, so that part of its gradient would be lost. Leave "
                     "`features` out, or give every tensor that the heads see.",
                 )
+
+
+def _refuse_compiled(kinds: Iterable[type]) -> None:
+    """Refuse more than one backward pass through a compiled part; features need one at least."""
+    if is_compiled(kinds):
+        raise EquipoiseError(
+            "backward passes a compiled part of the graph more than once, which torch.compile does "
+            "not allow. Use a Step, compile only what comes before `features`, or compile nothing."
+        )
 
 
 def _finite(i: int, gradients: Gradients) -> Gradients:

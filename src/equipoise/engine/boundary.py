@@ -61,12 +61,17 @@ class Boundary:
         """The features as the k-th head sees them."""
         return pytree.tree_unflatten(self._copies[k], self._spec)
 
-    def moved(self, direction: Sequence[Tensor | None], size: float) -> Any:
-        """The features at z - size direction, detached; None: where it does not move them."""
+    def moved(self, direction: Sequence[Tensor | None], size: float, inputs: bool = False) -> Any:
+        """The features at z - size direction, detached; None: where it does not move them.
+
+        With `inputs` they require gradients, as those that a head sees.
+        """
         leaves = list(self._leaves)
         for i, step in zip(self._cut, direction, strict=True):
             z = leaves[i].detach()
             leaves[i] = z if step is None else torch.sub(z, step, alpha=size)
+            if inputs:
+                leaves[i].requires_grad_()
         return pytree.tree_unflatten(leaves, self._spec)
 
     def samples(self) -> int:

@@ -151,7 +151,8 @@ class MicroBatches(Evaluation):
         """(T,) losses with the parameters as they are by now; all NaN if one is not finite."""
         found = [] if self.last is None else [self.last.losses_now(before)]
         for part in self.gathered.parts:
-            with part.anew(self.presence) as again, torch.no_grad():
+            grad = torch.set_grad_enabled(part.look.findings.compiled)
+            with grad, part.anew(self.presence) as again:
                 try:
                     losses = again.look().losses
                 except NonFiniteError:

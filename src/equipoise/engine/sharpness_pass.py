@@ -202,6 +202,10 @@ class SecondLook:
             for k in tasks:
                 self.rows.renew(k, self.sharpness.decompose)
             for part in self.evaluation.parts:
+                if part.findings.compiled:  # each graph allows one backward pass
+                    for k in tasks:
+                        self._receive(part, k, self._losses(part, [k])[0])
+                    continue
                 for k, value in enumerate(self._losses(part, tasks)):
                     self._receive(part, k, value, retain_graph=k + 1 < len(tasks))
 
@@ -241,7 +245,8 @@ class SecondLook:
         """Let row k receive the gradient of a loss; return those of some other parameters."""
         factor = self.multiplied[k]
         seed = None if value is None else part.seed(k, value, factor)
-        found = self.rows.receive(k, value, seed, also, retain_graph, part.scale)
+        with part.passes.one():
+            found = self.rows.receive(k, value, seed, also, retain_graph, part.scale)
         return part.ranks.sum_gradients(divided(found, part.scale * (factor or 1.0)), also)
 
     def _losses(self, part: Evaluation, tasks: Sequence[int]) -> list[Tensor | None]:

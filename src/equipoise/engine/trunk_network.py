@@ -14,7 +14,9 @@ from equipoise.engine.compatibility import refuse_bypassed, shared_trunk
 from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
-from equipoise.engine.partition import Partition, Shared, reached_leaves
+from equipoise.engine.graphs import reached_leaves
+from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.passes import Findings
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.stages import Needs, Stages
 from equipoise.engine.targets import Targets
@@ -64,6 +66,7 @@ class TrunkNetwork(Network):
         self.tasks = model.tasks
         self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
         self.checked: dict[str, Callable[..., Tensor]] = {}
+        self.findings = Findings()
         self.reaching: frozenset[str] = frozenset()
         self.warned = False
         self._graph: GraphNetwork | None = None
@@ -90,7 +93,9 @@ class TrunkNetwork(Network):
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
-            return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
+            return TrunkEvaluation(
+                self.model, self.losses, inputs, presence, ranks, again, self.findings
+            )
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
 
     def parameters(self) -> Iterable[Tensor]:
@@ -111,12 +116,13 @@ class TrunkNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        checked, reaching, graph = self.checked, self.reaching, self._graph
+        graph = self._graph
+        before = self.checked, self.reaching, self.findings, graph
         try:
             with nullcontext() if graph is None else graph.unchanged_on_error():
                 yield
         except BaseException:
-            self.checked, self.reaching, self._graph = checked, reaching, graph
+            self.checked, self.reaching, self.findings, self._graph = before
             raise
 
     # ------------------------------------------------------------------ paths beyond the heads
@@ -188,6 +194,7 @@ class _CheckedEvaluation(TrunkEvaluation):
         if not beyond:
             found = {task: self.network.losses[task] for task in self.presence.names}
             self.network.checked = self.network.checked | found
+            self.network.findings = self.findings.and_those(self.network.findings)
             self._refuse_unreached()
             return self
         put_back(buffers)
