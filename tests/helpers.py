@@ -278,8 +278,10 @@ def smooth_callable(rows: Tensor) -> Tensor:
 def ranked_step(recipe: str, seed: int = 0) -> eq.Step:
     """Give the Step of a recipe, or of the plain callable, in float64; SGD with momentum.
 
-    A recipe after "closure " is that of a Step that is called with a closure.
+    A recipe after "closure " is that of a Step that is called with a closure; one after
+    "collected " has two micro-batches in each process.
     """
+    recipe = recipe.removeprefix("collected ")
     model = linear_model(RANKED_TASKS)
     losses: Any = all_tasks(model, F.mse_loss)
     if recipe.startswith("closure "):
@@ -314,8 +316,17 @@ def ranked_batch(k: int, part: slice = slice(None)) -> tuple[Tensor, dict, dict]
     return inputs[part], given, {"c": keep[part]}
 
 
-def ranked_call(step: eq.Step, batch: tuple[Tensor, dict, dict]) -> eq.StepReport:
-    """Make the step of a batch, or of one process's part of it."""
+def ranked_call(
+    step: eq.Step, batch: tuple[Tensor, dict, dict], collected: bool = False
+) -> eq.StepReport:
+    """Make the step of a batch, or of one process's part of it, in two micro-batches if so."""
+    if collected:
+        inputs, *by_task = batch
+        for part in (slice(0, 1), slice(1, None)):
+            targets, masks = ({task: x[part] for task, x in given.items()} for given in by_task)
+            call = step.collect if part.start == 0 else step
+            report = call(inputs[part], targets, masks)
+        return report
     if isinstance(step.losses, dict):
         return step(*batch)
     inputs, targets, masks = batch
@@ -349,7 +360,8 @@ def run_rank(rank: int, folder: str, recipes: Sequence[str]) -> None:
     found: dict[str, Any] = {}
     for recipe in recipes:
         step = ranked_step(recipe, seed=rank)  # private generators start as on the first process
-        reports = [ranked_call(step, ranked_batch(k, PARTS[rank])) for k in range(STEPS)]
+        collected = recipe.startswith("collected ")
+        reports = [ranked_call(step, ranked_batch(k, PARTS[rank]), collected) for k in range(STEPS)]
         found[recipe] = {
             "parameters": parameters_of(step.model),
             "reports": [

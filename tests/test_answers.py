@@ -45,12 +45,10 @@ def test_it_is_checked_as_at_the_beginning_and_refused_without_a_trace() -> None
     assert step(*regression_batch()).accepted
 
 
-def test_learned_weights_come_to_the_optimizer() -> None:
+def test_learned_weights_come_later() -> None:
     step = regression_step()
     step.weighting = eq.UW(2)
     step(*regression_batch())
-    assert [p is q for p, q in zip(step.optimizer.param_groups[-1]["params"],
-                                   step.weighting.parameters(), strict=True)] == [True]  # fmt: skip
     assert bool((step.weighting.log_variances != 0).any())
 
 

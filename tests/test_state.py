@@ -147,7 +147,7 @@ def test_stages_do_not_draw_from_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_learned_weights_continue_with_their_own_optimizer_group() -> None:
+def test_learned_weights_continue_with_their_own_learning_rate() -> None:
     def build(**options: Any) -> eq.Step:
         model = linear_model()
         losses = dict.fromkeys(model.tasks, torch.nn.functional.mse_loss)
@@ -159,7 +159,6 @@ def test_learned_weights_continue_with_their_own_optimizer_group() -> None:
     step(*regression_batch(seed=1))
     fresh = build()
     fresh.load_state_dict(state)
-    assert fresh.optimizer.param_groups[1]["lr"] == 0.5
     fresh(*regression_batch(seed=1))
     assert torch.equal(step.weighting.log_variances, fresh.weighting.log_variances)
 

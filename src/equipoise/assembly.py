@@ -130,7 +130,7 @@ class Assembly:
         stages = self._stages
         out = stages.weighting.left_out
         look = self._network.evaluate(batch, self._ranks, out, stages.looks_again)
-        look.scale = self._scaling.now
+        look.scale = self._scaling.begin(next(iter(self._network.parameters())).device)
         before.names = look.presence.names
         return look
 

@@ -39,6 +39,11 @@ class NonFiniteError(TaskError):
     """A loss or a gradient is NaN or infinite; `task` is None where only their sum is."""
 
 
+NOT_CONNECTED = (
+    "loss is not connected to the network; was it detached, or computed inside a checkpoint with "
+    "use_reentrant=True?"
+)
+
 NOT_FINITE = (
     "gradient is not finite. Lower the learning rate, look for a division or a logarithm at 0, "
     "or leave this batch out."

@@ -18,10 +18,12 @@ from equipoise.engine.adapters import (
 from equipoise.engine.boundary import through_trunk
 from equipoise.engine.direction import Combination, FeatureGradients, combine
 from equipoise.engine.factors import factors_of
-from equipoise.engine.gradients import Gradients, scaled
-from equipoise.engine.partition import below, reached_leaves
+from equipoise.engine.gradients import Gradients, added, divided, scaled
+from equipoise.engine.graphs import below, is_compiled, reached_leaves, refuse_reentrant
+from equipoise.engine.passes import explained
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
+from equipoise.engine.scaling import Scaler, Scaling, above_one, mark, scales_of
 from equipoise.engine.targets import Presence, check_loss
 from equipoise.errors import (
     NOT_FINITE,
@@ -42,6 +44,7 @@ def backward(
     *,
     weighting: Callable[..., Tensor] | None = None,
     retain_graph: bool = False,
+    scaler: Scaler | None = None,
 ) -> Combination:
     """Fill `.grad` as `sum(losses).backward()` would, but aggregate on the shared parameters.
 
@@ -63,6 +66,11 @@ def backward(
         weighting: how much each loss counts, as in Step; its own parameters get a gradient, too.
             GradNorm learns in this call. None: EW.
         retain_graph: keep the graph for another backward.
+        scaler: a torch.amp.GradScaler, for float16, with losses that are not scaled: they are on
+            their way back, rows are formed without the scale, and `.grad` gets it again. If they
+            overflow, an infinite gradient lets the scaler skip the update and lower its scale.
+            Losses that `scaler.scale` has multiplied already are recognised, but only so that an
+            overflow is no error: rows and losses then carry the scale. None: no scale.
 
     Returns:
         The Gram matrix (T, T) of the weighted losses' rows and the coefficients (T,).
@@ -71,7 +79,9 @@ def backward(
         TaskError: a loss is not a scalar, not connected to a graph, or not finite; or with
             `features` it reaches a shared parameter without passing through them.
         NonFiniteError: a gradient is not finite. No `.grad` has changed in either case.
-        EquipoiseError: no loss reaches the shared parameters, or `features` is detached.
+        EquipoiseError: no loss reaches the shared parameters, `features` is detached, or a graph
+            has a part that is compiled (unless it comes before `features`) or checkpointed with
+            use_reentrant=True.
         CombinationError: a callable without coefficients at the feature level, or a weighting that
             needs the losses after the update or the learning rate, which only a Step knows.
 
@@ -86,38 +96,59 @@ def backward(
         >>> result.coefficients.shape
         torch.Size([2])
     """
-    ranks = Ranks()
+    ranks, scaling = Ranks(), Scaling(scaler, "raise")
     names, values = _scalar_losses(losses)
+    scaling.begin(values[0].device)
     weighs = weighting_stage(EW() if weighting is None else weighting)
     _refuse_what_only_a_step_knows(weighs)
     parameters = [p for p in shared if p.requires_grad]
     own = set(parameters)
-    leaves = reached_leaves(values)
+    kinds: set[type] = set()
+    leaves = reached_leaves(values, kinds=kinds)
+    refuse_reentrant(kinds)
     others = [leaf for leaf in leaves if leaf not in own]
     if parameters and not own & leaves.keys():
         raise EquipoiseError(
             "no loss reaches any of the shared parameters; were the features detached?"
         )
+    if features is None and (len(values) > 1 or retain_graph):
+        _refuse_compiled(kinds)
     presence = Presence(names, [1.0] * len(names), ranks)
+    everything, scales = (*parameters, *others, *weighs.learnable), scales_of(values)
     joint = ranks.sum(torch.stack([v.detach().to("cpu", torch.float64) for v in values]))
     joint /= ranks.size
     stage = aggregator_stage(aggregator)
     try:
+        _refuse_infinite(values)
         weighted = factors_of(weighs, joint, presence, None)
         values = [value / ranks.size for value in values]  # this process's part of the joint losses
-        looking = _Graph(values, parameters, others, weighted.factors, ranks, retain_graph)
+        looking = _Graph(
+            values, parameters, others, weighted.factors, ranks, retain_graph, scaling.now
+        )
         if features is None:
             direction, rest, result = looking.by_rows(stage, joint)
         else:
             direction, rest, result = looking.by_features(stage, joint, features, names)
+        norm = finite_norm([*direction, *rest])
+        if norm is None:
+            raise NonFiniteError(None, "the gradients are finite, but together they overflow.")
+        scaling.refuse_overflow(norm, parameters)
+    except NonFiniteError as error:
+        if not (scaling.skips or above_one(scales)):
+            raise (error.named(names) if isinstance(losses, Mapping) else error) from None
+        mark(everything)
+        return Combination(None)
     except TaskError as error:
-        raise error.named(names) from None
-    if finite_norm([*direction, *rest]) is None:
-        raise EquipoiseError("each task's gradient is finite, but together they overflow.")
-    everything = (*parameters, *others, *weighs.learnable)
-    for p, gradient in zip(everything, (*direction, *rest, *weighted.learned), strict=True):
+        raise (error.named(names) if isinstance(losses, Mapping) else error) from None
+    except RuntimeError as error:
+        known = explained(error)
+        if known is None:
+            raise
+        raise known from error
+    found = scaling.scaled([*direction, *rest, *weighted.learned])
+    for p, gradient in zip(everything, found, strict=True):
         if gradient is not None:
-            p.grad = gradient if p.grad is None else p.grad + gradient
+            p.grad = gradient if p.grad is None else added(p.grad, gradient)
     if weighs.method is not None and weighs.needs_gram:
         weighs.method.observe(joint, presence.present, result.gram)
     return result
@@ -140,6 +171,7 @@ class _Graph:
         factors: (T,) what multiplies each loss.
         ranks: the processes that train together.
         retain_graph: whether the graph is kept in the end.
+        scale: what the losses are multiplied by on their way back.
     """
 
     def __init__(
@@ -150,7 +182,9 @@ class _Graph:
         factors: Tensor,
         ranks: Ranks,
         retain_graph: bool,
+        scale: float,
     ) -> None:
+        self.scale = scale
         self.losses, self.parameters, self.others = losses, parameters, others
         self.factors, self.ranks, self.retain_graph = factors, ranks, retain_graph
 
@@ -162,11 +196,11 @@ class _Graph:
         rest: list[Gradients] = []
         for i in range(len(self.losses)):
             keep = self.retain_graph or i < len(self.losses) - 1
-            found = self._gradients(i, self.parameters, keep)
+            found = divided(self._gradients(i, self.parameters, keep), self.scale)
             rows.add(found[: len(self.parameters)])
             rest.append(_finite(i, found[len(self.parameters) :]))
         rows.weigh(self.factors)
-        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool, device="cpu"))
         result, direction = combine(rows, aggregator, joint)
         return rows.per_parameter(direction), self._summed(rest), result
 
@@ -192,24 +226,26 @@ class _Graph:
         for i in range(len(self.losses)):
             found = self._gradients(i, outputs, True)
             sent_back.append(found[: len(outputs)])
-            rest.append(_finite(i, found[len(outputs) :]))
-        gradients = FeatureGradients(sent_back, outputs, self.factors, self.ranks)
-        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool))
+            rest.append(_finite(i, divided(found[len(outputs) :], self.scale)))
+        gradients = FeatureGradients(sent_back, outputs, self.factors, self.ranks, self.scale)
+        aggregator.begin(torch.ones(len(self.losses), dtype=torch.bool, device="cpu"))
         result, together = gradients.combine(aggregator, joint)
-        direction = through_trunk(outputs, self.parameters, together, self.retain_graph)
+        found = through_trunk(outputs, self.parameters, together, self.retain_graph)
+        direction = divided(found, self.scale)
         return self.ranks.sum_gradients(direction, self.parameters), self._summed(rest), result
 
     def _gradients(self, i: int, first: Sequence[Tensor], keep: bool) -> Gradients:
         """Gradients of loss i by the tensors that are named, and by the other leaves."""
-        of = (*first, *self.others)
-        return list(torch.autograd.grad(self.losses[i], of, retain_graph=keep, allow_unused=True))
+        of, loss = (*first, *self.others), self.losses[i]
+        seed = None if self.scale == 1.0 else loss.new_tensor(self.scale)
+        return list(torch.autograd.grad(loss, of, seed, retain_graph=keep, allow_unused=True))
 
     def _summed(self, rest: Sequence[Gradients]) -> Gradients:
         """The gradients of the summed weighted losses by the other leaves."""
         total: Gradients = [None] * len(self.others)
         for of_one in scaled(rest, self.factors):
             total = [
-                new if old is None else old if new is None else old + new
+                new if old is None else old if new is None else added(old, new)
                 for old, new in zip(total, of_one, strict=True)
             ]
         return self.ranks.sum_gradients(total, self.others)
@@ -224,7 +260,10 @@ class _Graph:
                 "those that come first."
             )
         shared = set(self.parameters)
-        for leaf, mask in reached_leaves(self.losses, stop=ends).items():
+        kinds: set[type] = set()
+        above = reached_leaves(self.losses, stop=ends, kinds=kinds)
+        _refuse_compiled(kinds)
+        for leaf, mask in above.items():
             if leaf in shared:
                 raise TaskError(
                     names[(mask & -mask).bit_length() - 1],
@@ -232,6 +271,15 @@ class _Graph:
                     "through `features`, so that part of its gradient would be lost. Leave "
                     "`features` out, or give every tensor that the heads see.",
                 )
+
+
+def _refuse_compiled(kinds: Iterable[type]) -> None:
+    """Refuse more than one backward pass through a compiled part; features need one at least."""
+    if is_compiled(kinds):
+        raise EquipoiseError(
+            "backward passes a compiled part of the graph more than once, which torch.compile does "
+            "not allow. Use a Step, compile only what comes before `features`, or compile nothing."
+        )
 
 
 def _finite(i: int, gradients: Gradients) -> Gradients:
@@ -254,6 +302,10 @@ def _scalar_losses(
         check_loss(task, loss)
         if not loss.requires_grad:
             raise TaskError(task, "loss is not connected to any parameter; was it detached?")
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(task, f"loss is {loss.item()}; leave this batch out.")
     return [str(task) for task in named], list(named.values())
+
+
+def _refuse_infinite(losses: Sequence[Tensor]) -> None:
+    for i, loss in enumerate(losses):
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(i, f"loss is {loss.item()}; leave this batch out.")

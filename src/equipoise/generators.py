@@ -26,7 +26,7 @@ class GeneratorState(nn.Module):
         super().__init__()
         if generator is None:
             generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())))
+            generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         elif generator.device.type != "cpu":
             raise ValueError(f"generator is on {generator.device}; draws are made on the CPU.")
         self.generator = generator
@@ -48,7 +48,7 @@ def twin(stage: Any) -> Any:
     copy = deepcopy(stage)
     generator = generator_of(copy)
     if generator is not None:
-        generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        generator.manual_seed(int(torch.randint(2**62, (), generator=generator, device="cpu")))
     return copy
 
 

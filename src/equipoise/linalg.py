@@ -72,12 +72,36 @@ def combine_rows(rows: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
     return direction
 
 
+def real(tensor: Tensor) -> Tensor:
+    """The same numbers as real ones: a view (..., 2) of a complex tensor, others as they are.
+
+    Parameters that are complex are trained as the pairs of real numbers that they are: products of
+    gradients are `Re <g_i, g_j>`.
+    """
+    if not tensor.is_complex():
+        return tensor
+    tensor = tensor.to_dense() if tensor.is_sparse else tensor
+    return torch.view_as_real(tensor.resolve_conj())
+
+
+def shaped(numbers: Tensor, like: Tensor) -> Tensor:
+    """Real numbers in the shape of a tensor: a view, but a copy for one that is complex."""
+    if not like.is_complex():
+        return numbers.view_as(like)
+    return torch.view_as_complex(numbers.reshape(*like.shape, 2).clone())
+
+
+def entries(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient, of a sparse one those that it holds."""
+    return real(gradient.coalesce().values() if gradient.is_sparse else gradient)
+
+
 def finite_norm(gradients: Iterable[Tensor | None]) -> float | None:
     """The Euclidean norm of all gradients together; None if an entry is NaN or infinite.
 
     One pass, unless the norm of finite entries overflows.
     """
-    found = [g for g in gradients if g is not None]
+    found = [entries(g) for g in gradients if g is not None]
     norm = float(torch.nn.utils.get_total_norm(found)) if found else 0.0
     finite = math.isfinite(norm) or all(bool(g.isfinite().all()) for g in found)
     return norm if finite else None
@@ -96,12 +120,24 @@ def inner_products(rows: Tensor, vector: Tensor) -> Tensor:
 
 def inner(a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> Tensor:
     """The product of two vectors given in pieces, None for zeros: a scalar formed in float64."""
-    found = [
-        inner_products(x.reshape(1, -1), y.reshape(-1))
-        for x, y in zip(a, b, strict=True)
-        if x is not None and y is not None
-    ]
-    return torch.cat(found).sum() if found else torch.zeros((), dtype=torch.float64)
+    found = []
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            x, y = _aligned(x, y)
+            found.append(inner_products(x.reshape(1, -1), y.reshape(-1)))
+    if not found:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.cat(found).sum()
+
+
+def _aligned(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers of two gradients of one parameter that meet in their product."""
+    if y.is_sparse:
+        x, y = y, x.to_dense() if x.is_sparse else x
+    if x.is_sparse:
+        x = x.coalesce()
+        x, y = x.values(), y[tuple(x.indices())]
+    return real(x), real(y)
 
 
 def on_host(scalars: Sequence[Tensor]) -> Tensor:
@@ -113,5 +149,5 @@ def on_host(scalars: Sequence[Tensor]) -> Tensor:
 
 def length(pieces: Iterable[Tensor]) -> float:
     """The Euclidean norm of all pieces together, summed in float64, a slice at a time."""
-    squares = [gram_matrix(piece.reshape(1, -1)).reshape(()) for piece in pieces]
+    squares = [gram_matrix(entries(piece).reshape(1, -1)).reshape(()) for piece in pieces]
     return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0

@@ -150,6 +150,6 @@ def _of_all(presence: Presence, result: Combination | None) -> tuple[Tensor | No
     present, w = presence.present, result.coefficients
     gram = None
     if result.gram is not None:
-        gram = torch.zeros(len(present), len(present), dtype=torch.float64)
+        gram = torch.zeros(len(present), len(present), dtype=torch.float64, device="cpu")
         gram[torch.outer(present, present)] = result.gram.to(torch.float64).flatten()
     return None if w is None else presence.spread(w), gram

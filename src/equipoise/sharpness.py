@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from equipoise.linalg import length
+from equipoise.linalg import length, real
 
 Perturbation = Literal["separate", "joint", "joint-mean", "samo"]
 Norm = Literal["group", "joint"]
@@ -154,7 +154,9 @@ class TaskSharpness:
         """The norm of one group's gradient g, or of |w| g if adaptive."""
         pairs = zip(parameters, gradients, strict=True)
         return length(
-            p.detach().abs() * g if self.adaptive else g for p, g in pairs if g is not None
+            real(p.detach()).abs() * real(g) if self.adaptive else g
+            for p, g in pairs
+            if g is not None
         )
 
     def scale(self, rho: float, length: float) -> float:
@@ -163,7 +165,10 @@ class TaskSharpness:
 
     def upward(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         """The direction of eps: the gradient, or w^2 g if adaptive."""
-        return parameter.detach().square() * gradient if self.adaptive else gradient
+        if not self.adaptive:
+            return gradient
+        found = real(parameter.detach()).square() * real(gradient)
+        return torch.view_as_complex(found) if parameter.is_complex() else found
 
     def offsets(
         self,

@@ -14,6 +14,7 @@ from equipoise.assembly import Assembly
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.factors import factors_of
+from equipoise.engine.feature_pass import combine_features
 from equipoise.engine.gathered import Gathered, Part, refuse_collecting
 from equipoise.engine.gradients import scaled
 from equipoise.engine.latent_search_pass import LatentSearch
@@ -21,7 +22,6 @@ from equipoise.engine.partition import Shared
 from equipoise.engine.scaling import Scaler, mark
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
-from equipoise.engine.trunk_evaluation import combine_features
 from equipoise.engine.update import Held, Update, mark_used, refuse_unused
 from equipoise.errors import CombinationError, NonFiniteError
 from equipoise.linalg import finite_norm

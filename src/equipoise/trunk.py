@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
 
-from equipoise.errors import TaskError
+from equipoise.errors import CombinationError, EquipoiseError, TaskError
 
 
 class SharedTrunk(nn.Module):
@@ -77,11 +77,29 @@ class SharedTrunk(nn.Module):
         return list(self.heads[task].parameters())
 
     def separated(self) -> SharedTrunk:
-        """A copy that shares nothing: one copy of the trunk for each task (the STL baseline)."""
+        """A copy that shares nothing: one copy of the trunk for each task (the STL baseline).
+
+        Raises:
+            CombinationError: the network is more than its trunk and heads; the copy would not be.
+        """
         if isinstance(self.trunk, SeparateTrunks):
             return deepcopy(self)
+        what = bypassed(self)
+        if what is None and type(self).head is not SharedTrunk.head:
+            what = f"{type(self).__name__}.head"
+        if what is None and {id(p) for p in self.parameters()} != self._known_parameters():
+            what = f"a parameter of {type(self).__name__} outside trunk and heads"
+        if what is not None:
+            raise CombinationError(
+                f"stl and {what}: separate networks are copies of the trunk and the heads alone. "
+                "Move it into the trunk, or train a model of one task for each."
+            )
         copy = deepcopy(self)
         return SharedTrunk(SeparateTrunks(copy.trunk, self.tasks), dict(copy.heads.items()))
+
+    def _known_parameters(self) -> set[int]:
+        of_heads = (p for task in self.tasks for p in self.heads[task].parameters())
+        return {id(p) for p in (*self.trunk.parameters(), *of_heads)}
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -98,6 +116,50 @@ class SharedTrunk(nn.Module):
         else:
             prefixes += ("trunk.",)
         return {k: v for k, v in self.state_dict().items() if k.startswith(prefixes)}
+
+
+def bypassed(model: SharedTrunk) -> str | None:
+    """What `model(inputs)` does besides calling trunk and heads, in words; None: nothing."""
+    kind = type(model)
+    own = kind.forward is not SharedTrunk.forward or kind.__call__ is not nn.Module.__call__
+    if own or "forward" in vars(model):
+        return f"a forward of its own of {kind.__name__}"
+    hooks = (
+        model._forward_pre_hooks,
+        model._forward_hooks,
+        model._backward_pre_hooks,
+        model._backward_hooks,
+    )
+    return f"a hook on the {kind.__name__} itself" if any(hooks) else None
+
+
+def outputs_of(model: SharedTrunk, inputs: Any) -> Callable[[str], Any]:
+    """What gives the output of each task; all that `model(inputs)` does is done.
+
+    Raises:
+        EquipoiseError: a forward of its own has returned no dict; or, as a TaskError when that
+            output is asked for, none for a task.
+    """
+    if not bypassed(model):
+        features = model.trunk(inputs)
+        return lambda task: model.head(task, features)
+    outputs, kind = model(inputs), type(model).__name__
+    if not isinstance(outputs, Mapping):
+        raise EquipoiseError(
+            f"{kind}.forward returned a {type(outputs).__name__}; it must return a dict, task name "
+            "-> output."
+        )
+
+    def output_of(task: str) -> Any:
+        if task not in outputs:
+            raise TaskError(
+                task,
+                f"{kind}.forward returned no output for it, only for {list(outputs)}; it must "
+                "return one for each task.",
+            )
+        return outputs[task]
+
+    return output_of
 
 
 class SeparateTrunks(nn.Module):

@@ -62,6 +62,8 @@ RECIPES = [
     "igbv1+fbls(verify=true)+edm",
     "callable",
     "closure ew",
+    "collected ew",
+    "collected uw+f-cagrad(rho=0.5)",
     "closure igbv1+f-cagrad",
     "closure uw+graddrop",
     "closure famo+bls+mgda",

@@ -399,7 +399,7 @@ def test_learned_weights_step_beside_the_search() -> None:
     before = step.weighting.log_variances.detach().clone()
     report = step(*images(THREE))
     # Its own learning rate, once: d/ds of (e^-s L + s) / 2 at s = 0.
-    lr = step.optimizer.param_groups[1]["lr"]
+    lr = step.weighting.lr
     expected = before - lr * (1 - report.losses) / 2
     assert torch.allclose(step.weighting.log_variances.double(), expected, rtol=1e-6)
     refusing = image_step(eq.FastBacktracking(upper=1e4, floor=1e4), eq.MGDA(), eq.UW(3))

@@ -54,8 +54,8 @@ class DBMTL(Aggregator):
         self.n_tasks = n_tasks
         self.beta = beta
         self.decay = decay
-        self.register_buffer("average", torch.zeros(0, 0))
-        self.register_buffer("steps", torch.zeros(n_tasks, dtype=torch.int64))
+        self.register_buffer("average", torch.zeros(0, 0, device="cpu"))
+        self.register_buffer("steps", torch.zeros(n_tasks, dtype=torch.int64, device="cpu"))
         self._present: Tensor | None = None
 
     def begin(self, present: Tensor) -> None:
@@ -66,7 +66,7 @@ class DBMTL(Aggregator):
         """The direction (P,), from the rows (T, P) of this step and what is remembered."""
         if rows.dim() != 2:
             raise ValueError(f"rows must have shape (T, P), not {tuple(rows.shape)}.")
-        all_tasks = torch.ones(self.n_tasks, dtype=torch.bool)
+        all_tasks = torch.ones(self.n_tasks, dtype=torch.bool, device="cpu")
         present = all_tasks if self._present is None else self._present
         if len(rows) != int(present.sum()):
             raise EquipoiseError(

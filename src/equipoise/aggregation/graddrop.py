@@ -69,6 +69,6 @@ class GradDrop(GeneratorState, Aggregator):
 
     def _keep_positive(self, positive: Tensor, negative: Tensor) -> Tensor:
         """For each entry whether the positive sign is drawn; the sums are of either sign."""
-        draws = torch.rand(positive.shape, generator=self.generator).to(positive)
+        draws = torch.rand(positive.shape, generator=self.generator, device="cpu").to(positive)
         # P > U without the division, which would be 0 / 0 where all gradients are zero.
         return positive > draws * (positive - negative)

@@ -22,7 +22,7 @@ class Sum(GramAggregator):
 
     def known_coefficients(self, n_tasks: int) -> Tensor:
         """Ones."""
-        return torch.ones(n_tasks, dtype=torch.float64)
+        return torch.ones(n_tasks, dtype=torch.float64, device="cpu")
 
 
 class Mean(GramAggregator):
@@ -38,4 +38,4 @@ class Mean(GramAggregator):
 
     def known_coefficients(self, n_tasks: int) -> Tensor:
         """1/T each."""
-        return torch.full((n_tasks,), 1 / n_tasks, dtype=torch.float64)
+        return torch.full((n_tasks,), 1 / n_tasks, dtype=torch.float64, device="cpu")

@@ -59,5 +59,7 @@ class PCGrad(GeneratorState, GramAggregator):
 
 def random_orders(m: int, generator: torch.Generator) -> np.ndarray:
     """(m, m - 1): for each task the others in random order."""
-    drawn = np.stack([torch.randperm(m, generator=generator).numpy() for _ in range(m)])
+    drawn = np.stack(
+        [torch.randperm(m, generator=generator, device="cpu").numpy() for _ in range(m)]
+    )
     return drawn[drawn != np.arange(m)[:, None]].reshape(m, m - 1)

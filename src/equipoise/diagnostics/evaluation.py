@@ -17,7 +17,7 @@ from equipoise.engine.displaced import Displaced
 from equipoise.engine.targets import labelled
 from equipoise.errors import TaskError, nearest
 from equipoise.replay import RandomState, devices_of, frozen_buffers
-from equipoise.trunk import SharedTrunk
+from equipoise.trunk import SharedTrunk, outputs_of
 
 Batches = Iterable[tuple[Any, Mapping[str, Any]]]
 Function = Callable[[Any, Any], Any]
@@ -89,7 +89,7 @@ class Evaluation:
         """Task, output, target and number of samples, wherever a task has a label in a batch."""
         tasks = tuple(tasks)
         for inputs, targets in self._given():
-            features = None
+            output_of = None
             for task in tasks:
                 if task not in targets:
                     continue
@@ -98,9 +98,9 @@ class Evaluation:
                 count = _count(target, keep)
                 if not count:
                     continue
-                if features is None:
-                    features = self.model.trunk(inputs)
-                output = self.model.head(task, features)
+                if output_of is None:
+                    output_of = outputs_of(self.model, inputs)
+                output = output_of(task)
                 if keep is not None:
                     target = target[keep]
                     output = pytree.tree_map(
@@ -112,9 +112,9 @@ class Evaluation:
         """Task and output for all samples, batch after batch, whether they have labels or not."""
         tasks = tuple(tasks)
         for inputs, _ in self._given():
-            features = self.model.trunk(inputs)
+            output_of = outputs_of(self.model, inputs)
             for task in tasks:
-                yield task, self.model.head(task, features)
+                yield task, output_of(task)
 
     def move(self, offsets: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
         """Set parameters to their values plus an offset; None: to their values."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregation.base import Aggregator, GramAggregator
+from equipoise.engine.foreign import WantsAllTasks, keeping, of_torchjd
 from equipoise.errors import CombinationError, EquipoiseError
 from equipoise.weighting.base import Weighting
 
@@ -83,6 +84,7 @@ def aggregator_stage(given: Callable[..., Tensor]) -> AggregatorStage:
     """
     refuse_other_kinds(given, "aggregator", "an Aggregator, or a callable from rows (T, P) to (P,)")
     name = type(given).__name__
+    begin = WantsAllTasks(name) if keeping(given) else _nothing
     if isinstance(given, GramAggregator):
         return AggregatorStage(
             given, name, _OfGramAggregator(given), None, given.begin,
@@ -90,13 +92,13 @@ def aggregator_stage(given: Callable[..., Tensor]) -> AggregatorStage:
         )  # fmt: skip
     of_gram = _gramian_weighting(given)
     if of_gram is not None:
-        return AggregatorStage(given, name, _OfGram(of_gram))
+        return AggregatorStage(given, name, _OfGram(of_gram), begin=begin)
     if isinstance(given, Aggregator):
         entry_weights = given.entry_weights if isinstance(given, _HasEntryWeights) else None
         return AggregatorStage(given, name, None, entry_weights, given.begin)
     if isinstance(given, _HasCoefficients):
-        return AggregatorStage(given, name, _OfGram(given.coefficients))
-    return AggregatorStage(given, name)
+        return AggregatorStage(given, name, _OfGram(given.coefficients), begin=begin)
+    return AggregatorStage(given, name, begin=begin)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,11 @@ def refuse_other_kinds(given: Any, place: str, wanted: str) -> None:
     """Raise CombinationError for what cannot stand in the place of a weighting or an aggregator."""
     if isinstance(given, type):
         raise CombinationError(f"{place} is the class {given.__name__}; give {given.__name__}().")
+    if of_torchjd(given, "Scalarizer"):
+        raise CombinationError(
+            f"{place} is TorchJD's {type(given).__name__}, which returns the sum of the losses "
+            "alone; a Step needs each weighted loss. Use a weighting of Equipoise's own."
+        )
     other = Aggregator if place == "weighting" else Weighting
     if not callable(given) or isinstance(given, other):
         raise CombinationError(f"{place} is a {type(given).__name__}; give {wanted}, or None.")

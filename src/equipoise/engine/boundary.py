@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from equipoise.engine.gradients import Gradients
-from equipoise.linalg import gram_matrix
+from equipoise.linalg import gram_matrix, real, shaped
 
 
 class Boundary:
@@ -31,7 +31,11 @@ class Boundary:
     """
 
     def __init__(self, features: Any, n_tasks: int, apart: bool = True) -> None:
-        self._leaves, self._spec = pytree.tree_flatten(features)
+        leaves, self._spec = pytree.tree_flatten(features)
+        # Of a frozen trunk under inference_mode: heads could not save them for their backward.
+        self._leaves = [
+            x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in leaves
+        ]
         self._cut = [
             i for i, x in enumerate(self._leaves) if isinstance(x, Tensor) and x.requires_grad
         ]
@@ -57,12 +61,17 @@ class Boundary:
         """The features as the k-th head sees them."""
         return pytree.tree_unflatten(self._copies[k], self._spec)
 
-    def moved(self, direction: Sequence[Tensor | None], size: float) -> Any:
-        """The features at z - size direction, detached; None: where it does not move them."""
+    def moved(self, direction: Sequence[Tensor | None], size: float, inputs: bool = False) -> Any:
+        """The features at z - size direction, detached; None: where it does not move them.
+
+        With `inputs` they require gradients, as those that a head sees.
+        """
         leaves = list(self._leaves)
         for i, step in zip(self._cut, direction, strict=True):
             z = leaves[i].detach()
             leaves[i] = z if step is None else torch.sub(z, step, alpha=size)
+            if inputs:
+                leaves[i].requires_grad_()
         return pytree.tree_unflatten(leaves, self._spec)
 
     def samples(self) -> int:
@@ -154,8 +163,9 @@ def entrywise_sum(per_task: Sequence[Gradients], weights: Sequence[Tensor]) -> G
     """As `weighted_sum`, with for each output weights (T, ...) that differ from entry to entry."""
     total: Gradients = []
     for own, *column in zip(weights, *per_task, strict=True):
-        parts = [w * g for w, g in zip(own, column, strict=True) if g is not None]
-        total.append(torch.stack(parts).sum(0) if parts else None)
+        some = next((g for g in column if g is not None), None)
+        parts = [w * real(g) for w, g in zip(own, column, strict=True) if g is not None]
+        total.append(None if some is None else shaped(torch.stack(parts).sum(0), some))
     return total
 
 
@@ -163,16 +173,14 @@ def signed_sums(per_task: Sequence[Gradients], outputs: Sequence[Tensor]) -> lis
     """For each output (B, ...) the tasks' sums over the batch of gradient times sign(output).
 
     Returns:
-        (T, ...) for each output, with zeros for a task that sent nothing back.
+        (T, ...) for each output, with zeros for a task that sent nothing back; (T, ..., 2) for
+        the real and imaginary parts of a complex one.
     """
     return [
         torch.stack(
-            [
-                torch.zeros_like(z[0]) if g is None else (z.detach().sign() * g).sum(0)
-                for g in column
-            ]
+            [torch.zeros_like(z[0]) if g is None else (z.sign() * real(g)).sum(0) for g in column]
         )
-        for z, *column in zip(outputs, *per_task, strict=True)
+        for z, *column in zip([real(z.detach()) for z in outputs], *per_task, strict=True)
     ]
 
 
@@ -183,5 +191,5 @@ def feature_gram(per_task: Sequence[Gradients]) -> Tensor:
         some = next((g for g in column if g is not None), None)
         if some is not None:
             flat = [torch.zeros_like(some) if g is None else g for g in column]
-            gram = gram + gram_matrix(torch.stack([g.reshape(-1) for g in flat]))
+            gram = gram + gram_matrix(torch.stack([real(g).reshape(-1) for g in flat]))
     return gram

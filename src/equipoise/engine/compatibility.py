@@ -12,10 +12,11 @@ from equipoise.engine.adapters import AggregatorStage
 from equipoise.engine.evaluation import Network
 from equipoise.engine.learner import held_by
 from equipoise.engine.stages import Stages
+from equipoise.engine.wrappers import refuse_compiled
 from equipoise.errors import CombinationError, TaskError, nearest
 from equipoise.line_search.base import LineSearch
 from equipoise.sharpness import TaskSharpness
-from equipoise.trunk import SharedTrunk
+from equipoise.trunk import SharedTrunk, bypassed
 
 NO_FEATURES = (
     "needs features between a trunk and heads, which a closure does not show. Give the Step a "
@@ -30,6 +31,12 @@ def shared_trunk(model: nn.Module, losses: Mapping[str, Any], shared: Any) -> Sh
         CombinationError: it is no SharedTrunk, or the user says what is shared besides.
         TaskError: a head without a loss, or a loss without a head.
     """
+    refuse_compiled(model)
+    if isinstance(getattr(model, "module", None), SharedTrunk):
+        raise CombinationError(
+            f"{type(model).__name__} around a SharedTrunk and a dict of losses: a Step calls the "
+            "trunk and each head by itself. Give it the SharedTrunk, the wrapper's `.module`."
+        )
     if not isinstance(model, SharedTrunk):
         raise CombinationError(
             f"{type(model).__name__} and a dict of losses: only a SharedTrunk says which output is "
@@ -77,12 +84,6 @@ def refuse_senseless(
     if optimizer is None:
         _refuse_what_needs_the_update(stages)
         return
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise CombinationError(
-            f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer."
-        )
     held = set(held_by(optimizer))
     if not any(p in held for p in network.module.parameters()):
         raise ValueError("the optimizer holds none of the model's parameters.")
@@ -125,11 +126,24 @@ def _refuse_senseless_level(stages: Stages, network: Network) -> None:
     if not network.has_features:
         advice = "" if search is None else ", or use Backtracking"
         raise CombinationError(f"{who} and a closure: it {NO_FEATURES}{advice}.")
+    if isinstance(network.module, SharedTrunk):
+        refuse_bypassed(network.module, who)
     if not stages.aggregator.works_on_features:
         raise CombinationError(
             f"{who} and {stages.aggregator.name}: features need an aggregator with "
             "coefficients(gram). "
             + ("Leave `level` out." if search is None else "Use Backtracking.")
+        )
+
+
+def refuse_bypassed(model: SharedTrunk, who: str | None) -> None:
+    """Raise CombinationError for what the features cannot know of: `who` works on them."""
+    what = bypassed(model)
+    if who is not None and what is not None:
+        raise CombinationError(
+            f"{who} and {what}: it works on the features that trunk and heads pass on, and would "
+            "leave out the rest of model(inputs). Move that into the trunk, or work at the "
+            "parameters: level='parameters', or Backtracking."
         )
 
 
@@ -184,6 +198,7 @@ def _refuse_senseless_search(
     optimizer: torch.optim.Optimizer,
     clip_norm: float | None,
 ) -> None:
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # what a wrapper holds
     name, kind = type(search).__name__, type(optimizer).__name__
     if aggregator.interval > 1:
         raise CombinationError(

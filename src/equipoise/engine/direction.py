@@ -148,7 +148,7 @@ class FeatureGradients:
         """(T, T) inner products, float64 on the CPU."""
         n_tasks = len(self.factors)
         if not self.outputs:
-            return torch.zeros(n_tasks, n_tasks, dtype=torch.float64)
+            return torch.zeros(n_tasks, n_tasks, dtype=torch.float64, device="cpu")
         gram = self.ranks.sum(feature_gram(self.sent_back)).cpu()
         if self.scale != 1.0:
             gram = gram / self.scale**2
@@ -160,6 +160,24 @@ class FeatureGradients:
     def dtype(self) -> torch.dtype:
         """That of the gradients."""
         return self.outputs[0].dtype if self.outputs else torch.float64
+
+    def conflicts_show(self, samples_meet: bool) -> bool:
+        """Whether two tasks ask for the same entry; also where fewer than two ask for anything.
+
+        Args:
+            samples_meet: whether what tasks ask is summed over the batch first.
+        """
+        asking = torch.zeros(len(self.factors) + 1, device="cpu")  # and last, how many outputs meet
+        for column in zip(*self.sent_back, strict=True):
+            asked = {k: g != 0 for k, g in enumerate(column) if g is not None}
+            if samples_meet:
+                asked = {k: a.any(0) if a.dim() else a for k, a in asked.items()}
+            for k, a in asked.items():
+                asking[k] += float(a.any())
+            if asked:
+                asking[-1] += float((torch.stack(list(asked.values())).sum(0) > 1).any())
+        *tasks, meet = self.ranks.sum(asking).tolist()
+        return meet > 0 or sum(count > 0 for count in tasks) < 2
 
     def weighted(self, w: Tensor) -> Gradients:
         """For each output the sum over tasks of w_k times the gradient of task k."""
@@ -208,7 +226,7 @@ class FeatureGradients:
         assert gram is not None
         if w is None:
             each = [inner(own, together) for own in self.sent_back]
-            each = each or [torch.zeros(())] * len(gram)
+            each = each or [torch.zeros((), device="cpu")] * len(gram)
             both = self.ranks.sum(on_host([*each, inner(together, together)]))
             found, square = both[:-1] * self.factors, float(both[-1])
         else:

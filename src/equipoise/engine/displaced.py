@@ -9,6 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from equipoise.linalg import real
+
 Offsets = Iterable[tuple[Tensor, Tensor | None]]
 """Parameters, each with what is added to it; None: it goes back to its start."""
 
@@ -26,7 +28,7 @@ class Displaced:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = list(parameters)
         # Through .data: once they are back, a graph that holds them still goes backward.
-        self._values = [p.data for p in self.parameters]
+        self._values = [real(p.data) for p in self.parameters]
         self._starts = [value.clone() for value in self._values]
         self._away = self._stays = False
 
@@ -37,7 +39,10 @@ class Displaced:
     @property
     def starts(self) -> list[Tensor]:
         """The copies of the values, one for each of `parameters`."""
-        return self._starts
+        return [
+            torch.view_as_complex(start) if p.is_complex() else start
+            for start, p in zip(self._starts, self.parameters, strict=True)
+        ]
 
     @torch.no_grad()
     def move(self, offsets: Offsets, scale: float = 1.0) -> None:
@@ -59,7 +64,7 @@ class Displaced:
         if not at_home:
             self._values[i].copy_(self._starts[i])
         if offset is not None:
-            self._values[i].add_(offset, alpha=scale)
+            self._values[i].add_(real(offset), alpha=scale)
 
     def _together(
         self, offsets: Sequence[tuple[Tensor, Tensor | None]], scale: float, at_home: bool
@@ -71,7 +76,7 @@ class Displaced:
             values, starts = [values[i] for i in chosen], [starts[i] for i in chosen]
         if values and not at_home:
             torch._foreach_copy_(values, starts)
-        moved = [(v, o) for v, (_, o) in zip(values, offsets, strict=True) if o is not None]
+        moved = [(v, real(o)) for v, (_, o) in zip(values, offsets, strict=True) if o is not None]
         if moved:
             values, steps = map(list, zip(*moved, strict=True))
             torch._foreach_add_(values, steps, alpha=scale)

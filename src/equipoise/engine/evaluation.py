@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.gradients import Gradients, divided
+from equipoise.engine.passes import Findings, Passes
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.stages import Needs
@@ -41,6 +42,8 @@ class Evaluation(ABC):
             called.
         scale: what losses are multiplied by on their way back, so that half-precision gradients do
             not vanish; what comes out is divided by it.
+        passes: within which its backward passes are made; once `look` was called.
+        findings: what is known of the network's graphs, likewise.
     """
 
     presence: Presence
@@ -54,6 +57,8 @@ class Evaluation(ABC):
     shared: list[Tensor]
     own: list[list[Tensor]]
     losses: Tensor
+    passes: Passes
+    findings: Findings
     scale: float = 1.0
 
     @property
@@ -93,7 +98,8 @@ class Evaluation(ABC):
     def fill(self, rows: TakesRows) -> list[Gradients]:
         """Fill a row with each present task's gradient of the shared parameters.
 
-        Costs T' backward passes. Returns the gradients of each task's own parameters.
+        Costs T' backward passes, and where parts are compiled T' - 1 forward passes. Returns the
+        gradients of each task's own parameters.
         """
 
     @abstractmethod
@@ -141,7 +147,8 @@ class Evaluation(ABC):
         found: Gradients = [None] * len(self.own[k])
         if value is not None and value.requires_grad and self.own[k]:
             seed = self.seed(k, value)
-            found = list(torch.autograd.grad(value, self.own[k], seed, allow_unused=True))
+            with self.passes.one():
+                found = list(torch.autograd.grad(value, self.own[k], seed, allow_unused=True))
         return self.ranks.sum_gradients(self.unscaled(found), self.own[k])
 
     def seed(self, k: int, value: Tensor, weight: float = 1.0) -> Tensor:
@@ -172,7 +179,7 @@ class Evaluation(ABC):
     def joint(self, values: Sequence[Tensor | None]) -> Tensor:
         """(T',) the losses of the joint batch from those of this process, float64 on the CPU."""
         known = [value.detach() for value in values if value is not None]
-        here = torch.zeros(len(values), dtype=torch.float64)
+        here = torch.zeros(len(values), dtype=torch.float64, device="cpu")
         if known:  # one copy to the host for all
             common = known[0].device
             numbers = torch.stack([value.to(common) for value in known])
@@ -196,11 +203,14 @@ class Evaluation(ABC):
         Returns:
             All NaN if one is not finite: the next step will say so.
         """
-        with torch.no_grad(), replayed(self.module, before):
+        # Compiled parts run the code of the first look, which was made with gradients.
+        with torch.set_grad_enabled(self.findings.compiled), replayed(self.module, before):
             try:
                 losses = self.repeated().look().losses
             except NonFiniteError:
-                return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
+                return torch.full(
+                    self.presence.present.shape, torch.nan, dtype=torch.float64, device="cpu"
+                )
         return self.presence.spread(losses, torch.nan)
 
     def why_not_finite(self, before: RandomState, buffer: Callable[[], Rows]) -> NonFiniteError:

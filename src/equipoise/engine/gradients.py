@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from equipoise.linalg import real
 
 Gradients = list[Tensor | None]
 """One gradient for each parameter of a list; None where the loss does not reach it."""
@@ -45,7 +48,7 @@ def divided(gradients: Gradients, scale: float) -> Gradients:
 def summed(a: Gradients, b: Gradients) -> Gradients:
     """The sum of two lists; None only where both have none. May give a tensor of theirs."""
     pairs = zip(a, b, strict=True)
-    return [y if x is None else x if y is None else x + y for x, y in pairs]
+    return [y if x is None else x if y is None else added(x, y) for x, y in pairs]
 
 
 def by_parameter(
@@ -56,8 +59,13 @@ def by_parameter(
     for some, theirs in zip(parameters, gradients, strict=True):
         for p, g in zip(some, theirs, strict=True):
             before = of.get(p)
-            of[p] = g if before is None else before if g is None else before + g
+            of[p] = g if before is None else before if g is None else added(before, g)
     return list(of), list(of.values())
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two gradients of a parameter; sparse only if both are."""
+    return b + a if a.is_sparse and not b.is_sparse else a + b
 
 
 def give(parameters: Sequence[Tensor], gradients: Gradients) -> None:
@@ -74,7 +82,81 @@ def part(parameters: Iterable[Tensor]) -> None:
     seen: set[int] = set()
     for parameter in parameters:
         gradient = parameter.grad
-        if gradient is not None:
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = gradient.clone().coalesce()  # which may be the same tensor again
+        elif gradient is not None:
             if gradient.data_ptr() in seen or not gradient.is_contiguous():
                 parameter.grad = gradient = gradient.clone()
             seen.add(gradient.data_ptr())
+
+
+def clip(parameters: Iterable[Tensor], bound: float) -> None:
+    """Scale gradients, each a tensor of its own, to a joint norm of at most `bound`.
+
+    As torch.nn.utils.clip_grad_norm_, which does not know sparse gradients.
+    """
+    torch.nn.utils.clip_grad_norm_([_of_numbers(p) for p in parameters], bound)
+
+
+def _of_numbers(parameter: Tensor) -> Tensor:
+    """The parameter; for a sparse gradient what has the numbers in it as a dense one."""
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return parameter
+    parameter.grad = gradient = gradient.coalesce()
+    stand_in = torch.empty_like(gradient.values())
+    stand_in.grad = gradient.values()
+    return stand_in
+
+
+def add_gradients(
+    views: Sequence[Tensor],
+    loss: Tensor,
+    seed: Tensor | None,
+    inputs: Sequence[Tensor],
+    retain_graph: bool,
+    factor: float = 1.0,
+) -> Gradients:
+    """Add gradients of the first inputs, times a factor, to real views; return the other ones.
+
+    One parameter after the other, so that no list of them is held; all at once if one of them has
+    hooks of the user's on what arrives in `.grad`, which wait for the final one. What `.grad`
+    holds is there again afterwards.
+
+    Args:
+        views: one for each of the first inputs.
+        loss: a scalar with a graph.
+        seed: what multiplies it.
+        inputs: leaves.
+        retain_graph: whether the graph is kept.
+        factor: of what is added; what is returned is not multiplied.
+    """
+    n = len(views)
+    if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in inputs):
+        found = torch.autograd.grad(loss, inputs, seed, retain_graph, allow_unused=True)
+        for view, gradient in zip(views, found, strict=False):
+            if gradient is not None:
+                view.add_(real(gradient), alpha=factor)
+        return list(found[n:])
+    held = [p.grad for p in inputs]
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(_move, view, factor))
+        for p, view in zip(inputs, views, strict=False)
+    ]
+    try:
+        for p in inputs:
+            p.grad = None
+        torch.autograd.backward(loss, seed, retain_graph=retain_graph, inputs=list(inputs))
+        return [p.grad for p in inputs[n:]]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, gradient in zip(inputs, held, strict=True):
+            p.grad = gradient
+
+
+def _move(view: Tensor, factor: float, parameter: Tensor) -> None:
+    """Take a gradient that has just come in over to where it belongs."""
+    if parameter.grad is not None:
+        view.add_(real(parameter.grad), alpha=factor)
+        parameter.grad = None

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from equipoise.engine.evaluation import Evaluation, Moving, Network
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.partition import Partition
+from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
-from equipoise.errors import EquipoiseError, TaskError, nearest
+from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, nearest
 from equipoise.replay import Replay
 
 Closure = Callable[[], Mapping[str, Any]]
@@ -43,6 +44,7 @@ class GraphNetwork(Network):
         self.tasks = self.losses = partition.tasks
         self.shared = partition.given
         self.needs = needs
+        self.findings = Findings()
 
     def evaluate(
         self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
@@ -70,11 +72,12 @@ class GraphNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        found = self.partition.found()
+        found, findings = self.partition.found(), self.findings
         try:
             yield
         except BaseException:
             self.partition.put_back(found)
+            self.findings = findings
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,11 +112,15 @@ class GraphEvaluation(Evaluation):
         self.closure = closure
         self.ranks = ranks
         self.left_out = {network.tasks[i] for i in left_out}
-        self.replay = Replay(network.module) if again else None
+        self.findings = known = network.findings
+        first = not known.tasks | self.left_out >= set(network.tasks)
+        self.replay = Replay(network.module) if again or known.compiled or first else None
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
                 recording.enter_context(self.replay.recording(None))
+            cuts = recording.enter_context(noting_cuts(first))
             found = self._call()
+        self.suspect = network.module if cuts else None
         counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
         self.presence = Presence(network.tasks, counts, ranks)
         self._found = found
@@ -154,7 +161,7 @@ class GraphEvaluation(Evaluation):
                 loss, count = loss[0], float(loss[1])
             check_loss(task, loss)
             if not loss.requires_grad:
-                raise TaskError(task, "loss is not connected to the network; was it detached?")
+                raise TaskError(task, NOT_CONNECTED)
             if not 0 <= count < float("inf"):
                 raise TaskError(task, f"has {count} samples; give a number from 0 on.")
             if task not in self.left_out and count > 0:
@@ -171,10 +178,11 @@ class GraphEvaluation(Evaluation):
         network, partition = self.network, self.network.partition
         self.values = self._of_present(self._found)
         self._found = {}
+        self._examine()
         values = zip(self.presence.names, self.values, strict=True)
         partition.update({task: v for task, v in values if v is not None}, self.ranks)
         if network.needs.owners is not None:
-            partition.refuse_common(network.needs.owners)
+            partition.refuse_common(network.needs.owners, self.findings.compiled)
         self.shared = partition.shared
         self.own = [partition.own(task) for task in self.presence.names]
         if not self.shared and len(self.own) > 1 and network.needs.rows is not None:
@@ -186,6 +194,16 @@ class GraphEvaluation(Evaluation):
         self.refuse_infinite_losses()
         return self
 
+    def _examine(self) -> None:
+        """Find out what the graphs of new tasks show."""
+        names, known = self.presence.names, self.network.findings
+        first = not known.tasks.issuperset(names)
+        if first:
+            new = findings_of(names, (), self.values, self.ranks, self.suspect)
+            self.network.findings = new.and_those(known)
+        self.findings = self.network.findings
+        self.passes = Passes(self.network.module, self.findings, first)
+
     def repeated(self) -> GraphEvaluation:
         """Call the closure once more, as for a new batch."""
         out = frozenset(self.network.tasks.index(task) for task in self.left_out)
@@ -196,23 +214,35 @@ class GraphEvaluation(Evaluation):
     # ------------------------------------------------------------------ backward
 
     def _gradients(
-        self, values: Sequence[Tensor | None], weights: Sequence[float], of: Sequence[Tensor]
+        self,
+        values: Sequence[Tensor | None],
+        weights: Sequence[float],
+        of: Sequence[Tensor],
+        retain_graph: bool = False,
     ) -> Gradients:
-        """Gradients of the weighted sum of this process's losses; the graph is kept."""
+        """Gradients of the weighted sum of this process's losses: one backward pass."""
         ends, starts = self.weighted(values, weights)
         if not ends or not of:
             return [None] * len(of)
-        found = torch.autograd.grad(ends, of, starts, retain_graph=True, allow_unused=True)
+        with self.passes.one():
+            found = torch.autograd.grad(ends, of, starts, retain_graph, allow_unused=True)
         return self.unscaled(list(found))
+
+    def _once_more(self) -> list[Tensor | None]:
+        """The losses, with a graph for one more backward pass after the first."""
+        return self.losses_again(range(len(self.own))) if self.findings.compiled else self.values
 
     def fill(self, rows: TakesRows) -> list[Gradients]:
         """One backward for each task through the whole graph, which is freed."""
         rows.clear()
-        found, cut = [], len(self.shared)
+        found, cut, values = [], len(self.shared), self.values
+        retains = not self.findings.compiled
         for k, own in enumerate(self.own):
             weights = [float(i == k) for i in range(len(self.own))]
-            values = [v if i == k else None for i, v in enumerate(self.values)]
-            gradients = self._gradients(values, weights, [*self.shared, *own])
+            values = self._once_more() if k else self.values
+            only = [v if i == k else None for i, v in enumerate(values)]
+            keep = retains and any(v is not None for v in values[k + 1 :])
+            gradients = self._gradients(only, weights, [*self.shared, *own], keep)
             rows.add(gradients[:cut])
             found.append(self.ranks.sum_gradients(gradients[cut:], own))
         self._free()
@@ -229,8 +259,10 @@ class GraphEvaluation(Evaluation):
             if common != 1:
                 shared = [None if g is None else g * common for g in shared]
         else:
-            own = self._gradients(self.values, weights, owned)
-            shared = self._gradients(self.values, (coefficients * factors).tolist(), self.shared)
+            keep = bool(self.shared) and not self.findings.compiled
+            own = self._gradients(self.values, weights, owned, keep)
+            weights = (coefficients * factors).tolist()
+            shared = self._gradients(self._once_more(), weights, self.shared)
         self._free()
         first = dict(zip(owned, self.ranks.sum_gradients(own, owned), strict=True))
         by_task = [[first.pop(p, None) for p in of_one] for of_one in self.own]

@@ -90,7 +90,9 @@ class LatentSearch(Search):
         if rule.needs_lengths:
             square = float(self._latent_square())
             return rule.scale(length(g for g in shared if g is not None) ** 2, square, 1)
-        return rule.scale(0.0, 0.0, int(ranks.sum(torch.tensor(self.look.features.samples()))))
+        return rule.scale(
+            0.0, 0.0, int(ranks.sum(torch.tensor(self.look.features.samples(), device="cpu")))
+        )
 
     def _latent_square(self) -> Tensor:
         """|d_z|^2 over all processes."""

@@ -65,8 +65,9 @@ class Learner:
     def step(self) -> None:
         """Move those that nobody else moves."""
         if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._lr()
+            if self._rate is None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self._lr()
             self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,7 +55,9 @@ class MicroBatches(Evaluation):
         """Make the forward pass of the last micro-batch."""
         gathered, present = self.gathered, self.presence.present
         self.shared = gathered.shared
-        self.losses = (sum(gathered.losses, torch.zeros(())) / self.presence.totals)[present]
+        self.losses = (sum(gathered.losses, torch.zeros((), device="cpu")) / self.presence.totals)[
+            present
+        ]
         if self.last is not None:
             self.last.scale = self.scale
             self.last = self.last.look(apart)
@@ -149,7 +151,8 @@ class MicroBatches(Evaluation):
         """(T,) losses with the parameters as they are by now; all NaN if one is not finite."""
         found = [] if self.last is None else [self.last.losses_now(before)]
         for part in self.gathered.parts:
-            with part.anew(self.presence) as again, torch.no_grad():
+            grad = torch.set_grad_enabled(part.look.findings.compiled)
+            with grad, part.anew(self.presence) as again:
                 try:
                     losses = again.look().losses
                 except NonFiniteError:

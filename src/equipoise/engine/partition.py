@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.engine.graphs import is_compiled, reached_leaves, reached_nodes
 from equipoise.engine.ranks import Ranks
+from equipoise.engine.unreached import refuse_unreached
 from equipoise.errors import EquipoiseError, TaskError, nearest
 
 Shared = nn.Module | Iterable[Tensor] | Iterable[str] | str
@@ -69,8 +71,12 @@ class Partition:
         """The parameters that follow this task's loss alone, or together with other tasks'."""
         return self._own[self.tasks.index(task)]
 
-    def refuse_common(self, user: str) -> None:
+    def refuse_common(self, user: str, compiled: bool) -> None:
         """Refuse a parameter outside `shared` that several tasks reach, for the sake of a stage.
+
+        Args:
+            user: the stage.
+            compiled: whether it may be a compiled part alone that makes it so.
 
         Raises:
             EquipoiseError: there is one; names it and the tasks.
@@ -81,8 +87,13 @@ class Partition:
                 tasks = [repr(t) for i, t in enumerate(self.tasks) if mask >> i & 1]
                 raise EquipoiseError(
                     f"parameter {self.names[p]!r} is reached by tasks {' and '.join(tasks)} but is "
-                    f"not in `shared`, and {user} needs to know whose it is. Add it to `shared`, "
-                    "or leave `shared` out."
+                    f"not in `shared`, and {user} needs to know whose it is. "
+                    + (
+                        "Compile what is shared and each task's own part apart, or add it to "
+                        "`shared`."
+                        if compiled
+                        else "Add it to `shared`, or leave `shared` out."
+                    )
                 )
 
     def reached(self) -> dict[Tensor, list[str]]:
@@ -108,7 +119,7 @@ class Partition:
                 found[leaf] = found.get(leaf, 0) | self._by_position(mask, losses)
         changed = found != self._reached or self._trained != self._trained_now()
         if not ranks.alone:
-            changed = float(ranks.sum(torch.tensor(float(changed)))) > 0
+            changed = float(ranks.sum(torch.tensor(float(changed), device="cpu"))) > 0
             if changed:
                 self._name()
                 found = self._of_all(found, ranks)
@@ -117,6 +128,7 @@ class Partition:
                 _refuse_compiled(losses)
             self._reached = found
             self._sort()
+            refuse_unreached(self.given, found, len(self.tasks))
 
     def _name(self) -> None:
         """Name all parameters of the network, and those that only the optimizer holds."""
@@ -136,7 +148,8 @@ class Partition:
         """What the tasks reach in any of the processes, which hold the same parameters."""
         n_tasks = len(self.tasks)
         bits = torch.tensor(
-            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names]
+            [[float(found.get(p, 0) >> i & 1) for i in range(n_tasks)] for p in self.names],
+            device="cpu",
         )
         masks = [
             sum(1 << i for i, count in enumerate(row) if count) for row in ranks.sum(bits).tolist()
@@ -173,65 +186,13 @@ class Partition:
         self._sort()
 
 
-def reached_leaves(losses: Sequence[Tensor], stop: Iterable[Any] = ()) -> dict[Tensor, int]:
-    """The leaves of the graphs of several losses, each with a bit for each loss that reaches it.
-
-    One joint walk: bit i of a node is set if loss i reaches it, and nodes are visited after all
-    that lead to them.
-
-    Args:
-        losses: what the graphs end at.
-        stop: nodes beyond which the walk does not go.
-    """
-    stop = set(stop)
-    leaves: dict[Tensor, int] = {}
-    masks: dict[Any, int] = {}
-    for i, loss in enumerate(losses):
-        if loss.grad_fn is not None:
-            masks[loss.grad_fn] = masks.get(loss.grad_fn, 0) | 1 << i
-        elif loss.requires_grad:
-            leaves[loss] = leaves.get(loss, 0) | 1 << i
-    for node in reversed(below(list(masks), stop)):
-        mask = masks[node]
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[variable] = leaves.get(variable, 0) | mask
-        for child, _ in node.next_functions:
-            if child is not None and child not in stop:
-                masks[child] = masks.get(child, 0) | mask
-    return leaves
-
-
-def below(roots: Iterable[Any], stop: Iterable[Any] = ()) -> list[Any]:
-    """All nodes of the graphs that end at `roots`, these included, each after those below it.
-
-    The order is the same everywhere. Nodes of `stop` are left out, and what only they lead to.
-    """
-    seen: set[Any] = set(stop)
-    order: list[Any] = []
-    todo = [(root, False) for root in roots if root not in seen]
-    while todo:
-        node, left = todo.pop()
-        if left:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            todo.append((node, True))
-            todo += [
-                (child, False)
-                for child, _ in node.next_functions
-                if child is not None and child not in seen
-            ]
-    return order
-
-
 def _refuse_compiled(losses: Mapping[str, Tensor]) -> None:
-    """Raise EquipoiseError where a compiled part hides which loss reaches which parameter."""
-    for task, loss in losses.items():
-        nodes = below([loss.grad_fn] if loss.grad_fn is not None else [])
-        if any(node.name().startswith("CompiledFunction") for node in nodes):
+    """Raise TaskError where a compiled part hides which loss reaches which parameter in it."""
+    names = list(losses)
+    for node, mask in reached_nodes(list(losses.values())).items():
+        if mask.bit_count() > 1 and is_compiled([type(node)]):
             raise TaskError(
-                task,
+                names[(mask & -mask).bit_length() - 1],
                 "its graph has a compiled part, which does not show what each task reaches in it. "
                 "Say what is shared by `shared=`.",
             )

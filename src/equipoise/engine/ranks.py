@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from equipoise.engine.layout import Layout
 from equipoise.errors import EquipoiseError
+from equipoise.linalg import real, shaped
 
 
 class Ranks:
@@ -64,7 +66,7 @@ class Ranks:
             yield
         except Exception as caught:
             error = caught
-        failures = self.sum(torch.tensor(float(error is not None)))
+        failures = self.sum(torch.tensor(float(error is not None), device="cpu"))
         if error is not None:
             raise error
         if failures > 0:
@@ -76,16 +78,18 @@ class Ranks:
         """Gradients summed over the processes; None only where no process has one."""
         if self.alone or not like:
             return list(gradients)
-        parts = [
-            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, like, strict=True)
-        ]
-        reached = like[0].new_tensor([float(g is not None) for g in gradients])
-        flat = self.sum(torch.cat([part.reshape(-1) for part in (*parts, reached)]))
-        *pieces, reached = flat.split([part.numel() for part in (*parts, reached)])
-        return [
-            piece.view_as(p).to(p.dtype) if count > 0 else None
-            for piece, p, count in zip(pieces, like, reached.tolist(), strict=True)
-        ]
+        layout, parts = Layout(len(like)), []
+        for k, (g, p) in enumerate(zip(gradients, like, strict=True)):
+            if g is None:
+                g = torch.zeros_like(p)
+            else:
+                layout.note(k, g)
+            parts.append(real(g.to_dense() if g.is_sparse else g).reshape(-1))
+        flags = parts[0].new_tensor(layout.flags())
+        flat = self.sum(torch.cat([*parts, flags]))
+        *pieces, flags = flat.split([part.numel() for part in (*parts, flags)])
+        pieces = [shaped(piece, p) for piece, p in zip(pieces, like, strict=True)]
+        return layout.gradients(like, pieces, flags.tolist(), self.sum)
 
     def scatter_sum(self, row: Tensor, out: Tensor) -> None:
         """Sum `row` over the processes and leave this process's slice of it in `out`."""
@@ -111,7 +115,7 @@ class Ranks:
         """The rows of all processes one after the other; each may have another number of them."""
         if self.alone:
             return rows
-        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes = torch.zeros(self.size, dtype=torch.int64, device="cpu")
         sizes[self.rank] = len(rows)
         sizes = self.sum(sizes).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])

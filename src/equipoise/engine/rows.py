@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.columns import Columns
+from equipoise.engine.gradients import Gradients, add_gradients
+from equipoise.engine.layout import Layout
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
-from equipoise.linalg import combine_rows, gram_matrix, inner_products
+from equipoise.linalg import combine_rows, gram_matrix, inner_products, real
 
 
 class TakesRows(Protocol):
@@ -36,6 +36,9 @@ class Rows:
     Among several processes a row is summed over them as soon as it is filled, and each process
     keeps its slice of P / processes columns only.
 
+    Rows are dense and real: a complex number is two columns, and a parameter all of whose gradients
+    are sparse gets a sparse one of every direction.
+
     Args:
         parameters: the shared parameters; P counts their numbers.
         n_tasks: T.
@@ -46,31 +49,20 @@ class Rows:
         multiplied: (filled,) what they have been multiplied by; None: ones.
 
     Raises:
-        EquipoiseError: the parameters lie on several devices.
+        EquipoiseError: the parameters lie on several devices, or are spread over processes.
     """
 
     def __init__(self, parameters: Sequence[Tensor], n_tasks: int, ranks: Ranks) -> None:
-        devices = {p.device for p in parameters}
-        if len(devices) > 1:
-            raise EquipoiseError(
-                f"the shared parameters lie on several devices ({sorted(map(str, devices))}); "
-                "rows need them on one."
-            )
         self.parameters = list(parameters)
+        self.columns = Columns(parameters)
         self.ranks = ranks
-        self._sizes = [p.numel() for p in parameters]
-        dtype = _row_dtype(parameters)
-        columns = -(-sum(self._sizes) // ranks.size)
-        device = devices.pop() if devices else None
+        columns = -(-self.columns.total // ranks.size)
+        dtype, device = self.columns.dtype, self.columns.device
         self.buffer = torch.empty(n_tasks, columns, dtype=dtype, device=device)
         self._whole = None if ranks.alone else self.buffer.new_zeros(columns * ranks.size)
         whole_rows = self.buffer if self._whole is None else [self._whole] * n_tasks
-        self._views = [self._split(row) for row in whole_rows]
+        self._views = [self.columns.split(row) for row in whole_rows]
         self.clear()
-
-    def _split(self, row: Tensor) -> list[Tensor]:
-        pieces = row[: sum(self._sizes)].split(self._sizes)
-        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def __reduce__(self) -> tuple:
         """Copies and pickles are empty buffers: the views of a pickled one would be no views."""
@@ -78,12 +70,7 @@ class Rows:
 
     def fit(self, parameters: Sequence[Tensor]) -> bool:
         """Whether this buffer serves for these parameters, as they are now."""
-        return (
-            len(parameters) == len(self.parameters)
-            and all(p is own for p, own in zip(parameters, self.parameters, strict=True))
-            and all(p.device == self.buffer.device for p in parameters)
-            and _row_dtype(parameters) == self.buffer.dtype
-        )
+        return self.columns.fit(parameters)
 
     def clear(self) -> None:
         """Forget which rows were filled and which parameters they reached."""
@@ -92,7 +79,7 @@ class Rows:
         self.multiplied: Tensor | None = None
         self._gram: Tensor | None = None  # of what is in the buffer, once it was asked for
         self._version = self.buffer._version
-        self._reached = [False] * len(self.parameters)
+        self._layout = Layout(len(self.parameters))
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Fill the next row; None counts as zeros."""
@@ -101,8 +88,11 @@ class Rows:
             if gradient is None:
                 view.zero_()
             else:
-                view.copy_(gradient)
-                self._reached[k] = True
+                self._layout.note(k, gradient)
+                if gradient.is_sparse:
+                    view.zero_().add_(real(gradient))
+                else:
+                    view.copy_(real(gradient))
         if self._whole is not None:
             self.ranks.scatter_sum(self._whole, self.buffer[self._filled])
         self._filled += 1
@@ -122,8 +112,8 @@ class Rows:
         for i, view in enumerate(self._views[k]):
             gradient = gradients[i]
             if gradient is not None:
-                view.add_(gradient, alpha=factor)
-                self._reached[i] = True
+                view.add_(real(gradient), alpha=factor)
+                self._layout.note(i, gradient)
         if self._whole is not None:
             self.buffer[k].add_(self._scattered())
 
@@ -150,49 +140,63 @@ class Rows:
 
     def full_row(self, k: int) -> Tensor:
         """(P,) row k on every process."""
-        return self.ranks.gather(self.buffer[k])[: sum(self._sizes)]
+        return self.ranks.gather(self.buffer[k])[: self.columns.total]
 
     def mean(self) -> Tensor:
         """(P,) the mean of the filled rows on every process."""
         if self.factors is None:
-            return self.ranks.gather(self.filled.mean(0))[: sum(self._sizes)]
-        return self.combine(torch.full_like(self.factors, 1 / self._filled))[: sum(self._sizes)]
+            return self.ranks.gather(self.filled.mean(0))[: self.columns.total]
+        return self.combine(torch.full_like(self.factors, 1 / self._filled))[: self.columns.total]
 
     def pieces(self, vector: Tensor) -> list[Tensor]:
-        """Views of a vector (P,), shaped as the parameters."""
-        return self._split(vector)
+        """The parts of a vector (P,), shaped as the parameters; views where these are real."""
+        return self.columns.pieces(vector)
 
     def stay(self, k: int, minus_old: bool) -> None:
-        """As `renewed` with the gradient that row k already is."""
+        """As `renew` with the gradient that row k already is."""
         if minus_old:
             self.buffer[k].zero_()
             self._gram = None
 
     def renew(self, k: int, minus_old: bool) -> None:
-        """Row k becomes what `receiving` brings from now on; less the old row, if so."""
+        """Row k becomes what `receive` brings from now on; less the old row, if so."""
         row, self._gram = self.buffer[k], None
         _ = row.neg_() if minus_old else row.zero_()
 
-    @contextmanager
-    def receiving(self, k: int, scale: float = 1.0) -> Generator[None]:
-        """Row k grows by the gradient that `backward` brings in the body, divided by `scale`.
+    def receive(
+        self,
+        k: int,
+        loss: Tensor | None,
+        seed: Tensor | None,
+        also: Sequence[Tensor] = (),
+        retain_graph: bool = False,
+        scale: float = 1.0,
+    ) -> Gradients:
+        """Row k grows by the gradient of a loss, divided by `scale`: one backward pass.
 
         The gradients go from the graph to the row one parameter after the other: no second list
-        of them is ever held.
+        of them is ever held, unless a parameter has hooks of the user's on what arrives in
+        `.grad`, which wait for the final one. What `.grad` holds is there again afterwards.
+
+        Args:
+            k: which row.
+            loss: a scalar with a graph; None: zeros, for this process has no sample.
+            seed: what multiplies the loss.
+            also: other parameters.
+            retain_graph: whether the graph is kept.
+            scale: by what the row's part is divided.
+
+        Returns:
+            The gradients of `also`, of this process, not divided.
         """
         if self._whole is not None:
             self._whole.zero_()
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_move, view, 1 / scale))
-            for parameter, view in zip(self.parameters, self._views[k], strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        inputs, found = [*self.parameters, *also], [None] * len(also)
+        if loss is not None and inputs:
+            found = add_gradients(self._views[k], loss, seed, inputs, retain_graph, 1 / scale)
         if self._whole is not None:
             self.buffer[k].add_(self._scattered())
+        return found
 
     def _scattered(self) -> Tensor:
         """This process's slice of the sum over all processes of the row that each has filled."""
@@ -240,11 +244,7 @@ class Rows:
 
     def joined(self, pieces: Gradients) -> Tensor:
         """(P,) one vector from pieces shaped as the parameters; None is zeros."""
-        vector = self.buffer.new_zeros(sum(self._sizes))
-        for view, piece in zip(self._split(vector), pieces, strict=True):
-            if piece is not None:
-                view.copy_(piece)
-        return vector
+        return self.columns.joined(pieces)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """(P,) sum of coefficient times row; precise where large ones cancel, after `gram`."""
@@ -257,32 +257,14 @@ class Rows:
     def whole(self) -> Tensor:
         """(filled, P) the rows in full on every process: for what needs more than products."""
         self.multiply()
-        return self.ranks.gather(self.filled)[:, : sum(self._sizes)]
+        return self.ranks.gather(self.filled)[:, : self.columns.total]
 
     def per_parameter(self, direction: Tensor) -> Gradients:
         """The pieces of a direction, shaped as the parameters; None where no row reached."""
-        reached = self.ranks.sum(torch.tensor([float(known) for known in self._reached])).tolist()
-        return [
-            piece.to(p.dtype) if count > 0 else None
-            for piece, p, count in zip(
-                self._split(direction), self.parameters, reached, strict=True
-            )
-        ]
-
-
-def _move(view: Tensor, factor: float, parameter: Tensor) -> None:
-    """Take a gradient that has just come in over to where it belongs."""
-    if parameter.grad is not None:
-        view.add_(parameter.grad, alpha=factor)
-        parameter.grad = None
-
-
-def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    """That of the parameters, but single precision for half-precision ones."""
-    dtype = torch.float32
-    for dtype_of_one in {p.dtype for p in parameters}:
-        dtype = torch.promote_types(dtype, dtype_of_one)
-    return dtype
+        flags = torch.tensor(self._layout.flags(), dtype=torch.float64, device="cpu")
+        pieces = self.pieces(direction)
+        summed = self.ranks.sum(flags).tolist()
+        return self._layout.gradients(self.parameters, pieces, summed, self.ranks.sum)
 
 
 def gram_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.partition import outside
+from equipoise.engine.passes import explained
 from equipoise.engine.stages import Stateful
 from equipoise.errors import EquipoiseError, TaskError
 from equipoise.replay import RandomState, UndoesItself, devices_of, unchanged_on_error
@@ -49,12 +50,10 @@ def undone_on_error(
     except TaskError as error:
         raise (error if before is None else error.named(before.names)) from None
     except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
+        known = explained(error)
+        if known is None:
             raise
-        raise EquipoiseError(
-            "a loss has a graph that was used before. Make the whole forward pass inside the "
-            "closure, or inside trunk and heads, and do not call backward there."
-        ) from error
+        raise known from error
 
 
 def held_outside(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.gradients import Gradients, added
 from equipoise.engine.stages import Stages
 from equipoise.errors import CombinationError, NonFiniteError
 
@@ -17,8 +17,8 @@ from equipoise.errors import CombinationError, NonFiniteError
 class Scaler(Protocol):
     """What a step asks of a gradient scaler: that of torch.amp, or one of its kind."""
 
-    def get_scale(self) -> float:
-        """What losses are multiplied by."""
+    def scale(self, outputs: Tensor, /) -> Tensor:
+        """Multiply losses."""
 
     def is_enabled(self) -> bool:
         """Whether it scales at all."""
@@ -51,16 +51,17 @@ class Scaling:
 
     Attributes:
         skipped: how many steps were skipped.
+        now: the scale, read when a step begins.
 
     Raises:
         ValueError: `on_nonfinite` is something else.
-        CombinationError: the scaler has no `get_scale`, `unscale_`, `step` and `update`.
+        CombinationError: the scaler has no `scale`, `unscale_`, `step` and `update`.
     """
 
     def __init__(self, scaler: Scaler | None, on_nonfinite: str) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite is {on_nonfinite!r}; known are 'raise' and 'skip'.")
-        needed = ("get_scale", "is_enabled", "unscale_", "step", "update")
+        needed = ("scale", "is_enabled", "unscale_", "step", "update")
         if scaler is not None and not all(callable(getattr(scaler, n, None)) for n in needed):
             raise CombinationError(
                 f"scaler is a {type(scaler).__name__}; give a torch.amp.GradScaler, or None."
@@ -68,11 +69,13 @@ class Scaling:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.on_nonfinite = on_nonfinite
         self.skipped = 0
+        self.now = 1.0
 
-    @property
-    def now(self) -> float:
-        """What losses are multiplied by in the coming step."""
-        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+    def begin(self, device: torch.device) -> float:
+        """Read what losses on this device are multiplied by in the coming step."""
+        if self.scaler is not None:  # asked by `scale`, which lets a new scaler make its tensors
+            self.now = float(self.scaler.scale(torch.ones((), device=device)))
+        return self.now
 
     @property
     def skips(self) -> bool:
@@ -142,5 +145,28 @@ def mark(parameters: Iterable[Tensor]) -> Tensor:
     """Make a gradient of one of the parameters infinite, for a scaler to see; returns that one."""
     p = next(p for p in parameters if p.requires_grad and p.is_floating_point())
     infinite = torch.full_like(p, math.inf)
-    p.grad = infinite if p.grad is None else p.grad + infinite
+    p.grad = infinite if p.grad is None else added(p.grad, infinite)
     return p
+
+
+def scales_of(losses: Sequence[Tensor]) -> list[Tensor] | None:
+    """What `GradScaler.scale` has multiplied the losses by: of each product the factor.
+
+    None if one of them is no product with a single number that has no gradient. To be asked before
+    the graphs are freed; nothing is read from a device.
+    """
+    scales = []
+    for loss in losses:
+        node: Any = loss.grad_fn
+        product = type(node).__name__ == "MulBackward0"
+        other = getattr(node, "_saved_other", None) if product else None
+        if not isinstance(other, Tensor) or other.numel() != 1 or other.requires_grad:
+            return None
+        scales.append(other)
+    return scales
+
+
+def above_one(scales: Sequence[Tensor] | None) -> bool:
+    """Whether these are the scale of a GradScaler, which may let an overflow pass."""
+    numbers = {float(scale) for scale in scales or ()}
+    return len(numbers) == 1 and numbers.pop() > 1

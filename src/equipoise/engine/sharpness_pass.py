@@ -144,7 +144,7 @@ class SecondLook:
 
     def _refuse_what_is_not_finite(self, own: Sequence[Gradients]) -> None:
         """Where a loss, or a gradient of own parameters, is not finite, name the task."""
-        bad = torch.zeros(len(self.heads))
+        bad = torch.zeros(len(self.heads), device="cpu")
         for k, value in self.seen:
             bad[k] += not math.isfinite(float(value))
         for k, count in enumerate(self.evaluation.ranks.sum(bad).tolist()):
@@ -202,6 +202,10 @@ class SecondLook:
             for k in tasks:
                 self.rows.renew(k, self.sharpness.decompose)
             for part in self.evaluation.parts:
+                if part.findings.compiled:  # each graph allows one backward pass
+                    for k in tasks:
+                        self._receive(part, k, self._losses(part, [k])[0])
+                    continue
                 for k, value in enumerate(self._losses(part, tasks)):
                     self._receive(part, k, value, retain_graph=k + 1 < len(tasks))
 
@@ -239,18 +243,11 @@ class SecondLook:
         retain_graph: bool = False,
     ) -> Gradients:
         """Let row k receive the gradient of a loss; return those of some other parameters."""
-        gradients: Gradients = [None] * len(also)
         factor = self.multiplied[k]
-        with self.rows.receiving(k, part.scale):
-            inputs = [*self.rows.parameters, *also]
-            if value is not None and inputs:
-                seed = part.seed(k, value, factor)
-                torch.autograd.backward(value, seed, retain_graph=retain_graph, inputs=inputs)
-                gradients = [p.grad for p in also]
-        for parameter in also:
-            parameter.grad = None
-        gradients = divided(gradients, part.scale * (factor or 1.0))
-        return part.ranks.sum_gradients(gradients, also)
+        seed = None if value is None else part.seed(k, value, factor)
+        with part.passes.one():
+            found = self.rows.receive(k, value, seed, also, retain_graph, part.scale)
+        return part.ranks.sum_gradients(divided(found, part.scale * (factor or 1.0)), also)
 
     def _losses(self, part: Evaluation, tasks: Sequence[int]) -> list[Tensor | None]:
         values = part.losses_again(tasks)

@@ -15,6 +15,7 @@ from equipoise.engine.adapters import (
     aggregator_stage,
     weighting_stage,
 )
+from equipoise.engine.foreign import stateful
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.targets import Presence
 from equipoise.errors import CombinationError
@@ -136,6 +137,7 @@ class Stages:
             if line_search.verify:
                 stages.verifying = aggregator_stage(twin(aggregator))
                 stages.held["rows_aggregator"] = stages.verifying.given
+        _ = stages.stateful  # refuses a state that cannot be saved
         return stages
 
     # ------------------------------------------------------------------ what a step asks
@@ -195,7 +197,8 @@ class Stages:
     @cached_property
     def stateful(self) -> dict[str, Stateful]:
         """The stages that have a state, by name."""
-        return {name: stage for name, stage in self.held.items() if isinstance(stage, Stateful)}
+        found = {name: stateful(stage, name) for name, stage in self.held.items()}
+        return {name: stage for name, stage in found.items() if isinstance(stage, Stateful)}
 
     @cached_property
     def changed(self) -> tuple[list[Stateful], list[UndoesItself]]:

@@ -36,7 +36,7 @@ class Presence:
 
     def __init__(self, tasks: Sequence[str], counts: Sequence[float], ranks: Ranks) -> None:
         self.tasks = tuple(tasks)
-        self.counts = torch.tensor(counts, dtype=torch.float64)
+        self.counts = torch.tensor(counts, dtype=torch.float64, device="cpu")
         self._within(ranks.sum(self.counts.clone()))
 
     def _within(self, totals: Tensor) -> None:
@@ -72,7 +72,7 @@ class Presence:
 
     def spread(self, values: Tensor, absent: float = 0.0) -> Tensor:
         """Values (T',) of the present tasks as (T,) float64 on the CPU."""
-        full = torch.full(self.present.shape, absent, dtype=torch.float64)
+        full = torch.full(self.present.shape, absent, dtype=torch.float64, device="cpu")
         full[self.present] = values.detach().to("cpu", torch.float64)
         return full
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.boundary import Boundary, along_trunk, through_trunk, weighted_sum
-from equipoise.engine.direction import Combination, FeatureGradients
+from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
+from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Presence, Targets, check_loss
-from equipoise.errors import EquipoiseError, TaskError
+from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
@@ -39,6 +40,7 @@ class TrunkEvaluation(Evaluation):
         presence: the targets.
         ranks: the processes that train together.
         again: whether there will be further looks, for which draws are recorded.
+        findings: what is known of the network's graphs; None: the first look finds it out.
 
     Attributes:
         features: the cut between trunk and heads; once `look` was called.
@@ -53,17 +55,21 @@ class TrunkEvaluation(Evaluation):
         presence: Targets,
         ranks: Ranks,
         again: bool = False,
+        findings: Findings | None = None,
     ) -> None:
         self.model = model
         self.losses_of = losses
         self.inputs = inputs
         self.ranks = ranks
-        self.replay = Replay(model) if again else None
+        self._first = findings is None
+        self.findings = Findings() if findings is None else findings
+        self.replay = Replay(model) if again or self._first else None
         self.shared = trainable(model.shared_parameters())
         self._place(presence)
         self.latent: Gradients = []
         self._sent_back: list[Gradients] = []
         self._linear: tuple[Gradients, Gradients] = [], []
+        self._used = False  # whether the graph of the features has seen a backward pass
 
     def _place(self, presence: Targets) -> None:
         names, model = presence.names, self.model
@@ -89,22 +95,28 @@ class TrunkEvaluation(Evaluation):
 
     def look(self, apart: bool = True) -> Evaluation:
         """Pass the trunk once and each head once; with `apart` each on features of its own."""
+        if apart and self.findings.compiled_trunk and self.replay is None:
+            self.replay = Replay(self.model)
         recording = self.replay.recording if self.replay else lambda *_: nullcontext()
         names, model = self.presence.names, self.model
-        with self.ranks.agreeing():
+        with self.ranks.agreeing(), noting_cuts(self._first) as cuts:
             with recording(TRUNK, model.trunk):
                 features = model.trunk(self.inputs)
             self.features = Boundary(features, len(names), apart)
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
-                    "the trunk has parameters to train, but no tensor that requires a gradient "
-                    "was found in what it returned; let it return a tensor, or nested dicts, lists "
-                    "and tuples of tensors."
+                    "the trunk has parameters to train, but nothing in what it returned has a "
+                    "gradient: detached, under torch.no_grad, not in dicts, lists and tuples, or "
+                    "checkpointed with use_reentrant=True."
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):
                 with recording(task, model.heads[task]):
                     self.values.append(self._loss(k, self.features.of(k)))
+        if self._first:
+            outputs, suspect = self.features.outputs, model if cuts else None
+            self.findings = findings_of(names, outputs, self.values, self.ranks, suspect)
+        self.passes = Passes(model, self.findings, self._first)
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
         return self
@@ -128,12 +140,14 @@ class TrunkEvaluation(Evaluation):
         check_loss(task, loss)
         trained = self.features.inputs or self.own[k]
         if trained and torch.is_grad_enabled() and not loss.requires_grad:
-            raise TaskError(task, "loss is not connected to the network; was it detached?")
+            raise TaskError(task, NOT_CONNECTED)
         return loss
 
     def repeated(self) -> TrunkEvaluation:
         """The same batch once more, as if it were new."""
-        again = TrunkEvaluation(self.model, self.losses_of, self.inputs, self.targets, self.ranks)
+        again = TrunkEvaluation(
+            self.model, self.losses_of, self.inputs, self.targets, self.ranks, False, self.findings
+        )
         again.scale = self.scale
         return again
 
@@ -150,7 +164,8 @@ class TrunkEvaluation(Evaluation):
         wanted = [*self.features.inputs, *parameters]
         found: Gradients = [None] * len(wanted)
         if ends and wanted:
-            found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
+            with self.passes.one():
+                found = list(torch.autograd.grad(ends, wanted, starts, allow_unused=True))
         cut = len(self.features.inputs)
         self._sent_back = self.features.sort(found[:cut])
         rest = iter(self.ranks.sum_gradients(self.unscaled(found[cut:]), parameters))
@@ -158,7 +173,7 @@ class TrunkEvaluation(Evaluation):
 
     def fill(self, rows: TakesRows) -> list[Gradients]:
         """One backward through all heads, and one through the trunk for each task."""
-        own = self.heads_backward(torch.ones(len(self.own)))
+        own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         self.fill_from_heads(rows)
         return own
 
@@ -172,8 +187,20 @@ class TrunkEvaluation(Evaluation):
     def row(self, k: int, retain_graph: bool) -> Gradients:
         """The trunk's gradients of the k-th present task, of this process: one backward."""
         sent_back = self._sent_back[k] if self._sent_back else []
-        found = through_trunk(self.features.outputs, self.shared, sent_back, retain_graph)
+        outputs = self._outputs()
+        keep = retain_graph and not self.findings.compiled_trunk
+        with self.passes.one():
+            found = through_trunk(outputs, self.shared, sent_back, keep)
         return self.unscaled(found)
+
+    def _outputs(self) -> list[Tensor]:
+        """The trunk's outputs, with a graph for one more backward pass."""
+        used, self._used = self._used, True
+        if not used or not self.findings.compiled_trunk:
+            return self.features.outputs
+        assert self.replay is not None
+        with self.ranks.agreeing(), self.replay.again(TRUNK):
+            return Boundary(self.model.trunk(self.inputs), 0).outputs
 
     def backward(self, coefficients: Tensor, factors: Tensor) -> tuple[Gradients, list[Gradients]]:
         """One backward through all heads and one through the trunk."""
@@ -185,10 +212,13 @@ class TrunkEvaluation(Evaluation):
 
     def feature_gradients(self, factors: Tensor) -> tuple[FeatureGradients, list[Gradients]]:
         """What the heads send back, to be multiplied by `factors`, and the gradients of heads."""
-        own = self.heads_backward(torch.ones(len(self.own)))
+        own = self.heads_backward(torch.ones(len(self.own), device="cpu"))
         outputs = self.features.outputs
         found = FeatureGradients(self._sent_back, outputs, factors, self.ranks, self.scale)
         return found, own
+
+    def check_overlap(self, gradients: FeatureGradients, stages: Stages) -> None:
+        """Warn, in the first looks alone, where no conflict can be seen among the features."""
 
     def through(self, latent: Gradients, again: bool = False) -> Gradients:
         """The trunk's gradients from one gradient for each of its outputs: one backward.
@@ -198,9 +228,12 @@ class TrunkEvaluation(Evaluation):
             again: whether the trunk will be passed again, by `slopes` or `fill_from_heads`.
         """
         self.latent = starts = latent
+        again = again and not self.findings.compiled_trunk  # which has no second derivative
         if again:
             starts = [None if u is None else u.detach().requires_grad_() for u in starts]
-        found = through_trunk(self.features.outputs, self.shared, starts, create_graph=again)
+        outputs = self._outputs()
+        with self.passes.one():
+            found = through_trunk(outputs, self.shared, starts, create_graph=again)
         if again:
             self._linear = found, starts
             found = [None if g is None else g.detach() for g in found]
@@ -218,15 +251,18 @@ class TrunkEvaluation(Evaluation):
             float64 on the CPU; None if a layer has no such derivative, or a wrong one:
             `<d_z, J v>` has to be |v|^2.
         """
-        moves = along_trunk(*self._linear, steps)
-        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64)
+        moves = None
+        if self._linear[0]:
+            with self.passes.one():
+                moves = along_trunk(*self._linear, steps)
+        numbers = torch.zeros(len(self._sent_back) + 1, dtype=torch.float64, device="cpu")
         if moves is not None:
             numbers = on_host([inner(own, moves) for own in (*self._sent_back, self.latent)])
         *found, square = self.ranks.sum(numbers).tolist()
         expected = length(g for g in steps if g is not None) ** 2
         if not abs(square - expected) <= 1e-3 * expected:
             return None
-        return torch.tensor(found or [0.0] * len(self.own), dtype=torch.float64)
+        return torch.tensor(found or [0.0] * len(self.own), dtype=torch.float64, device="cpu")
 
     # ------------------------------------------------------------------ further looks
 
@@ -266,12 +302,13 @@ class TrunkEvaluation(Evaluation):
             latent: along what the features are moved, and how far; None: not at all.
         """
         tasks = range(len(self.own))
-        with torch.no_grad():
+        recorded = self.findings.compiled  # then the code of the first look serves again
+        with torch.set_grad_enabled(recorded):
             torch.clear_autocast_cache()  # it holds half-precision copies of the parameters
             if latent is None:
                 values = self.losses_again(tasks)
             else:
-                features = self.features.moved(*latent)
+                features = self.features.moved(*latent, recorded)
                 with self.ranks.agreeing():
                     values = [self._loss_again(k, features) for k in tasks]
             torch.clear_autocast_cache()
@@ -281,17 +318,3 @@ class TrunkEvaluation(Evaluation):
 def trainable(parameters: list[nn.Parameter]) -> list[Tensor]:
     """Those that are not frozen."""
     return [p for p in parameters if p.requires_grad]
-
-
-def combine_features(
-    look: Evaluation, stages: Stages, factors: Tensor
-) -> tuple[Combination, Gradients, list[Gradients]]:
-    """The direction from gradients of the features: one backward through all heads, one below.
-
-    Returns:
-        How it came about, the trunk's gradients, and those of the heads, of the raw losses.
-    """
-    assert isinstance(look, TrunkEvaluation)
-    gradients, own = look.feature_gradients(factors)
-    result, latent = gradients.combine(stages.aggregator, look.losses, stages.descent)
-    return result, look.through(latent, again=stages.verifying is not None), own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.compatibility import shared_trunk
+from equipoise.engine.compatibility import refuse_bypassed, shared_trunk
+from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
+from equipoise.engine.graphs import reached_leaves
 from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.passes import Findings
 from equipoise.engine.ranks import Ranks
-from equipoise.engine.stages import Needs
+from equipoise.engine.stages import Needs, Stages
 from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
+from equipoise.engine.unreached import WHY
+from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
 from equipoise.errors import CombinationError, EquipoiseError
 from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
-from equipoise.trunk import SeparateTrunks, SharedTrunk
+from equipoise.trunk import SeparateTrunks, SharedTrunk, bypassed, outputs_of
 
 
 class TrunkNetwork(Network):
@@ -28,7 +34,8 @@ class TrunkNetwork(Network):
     Heads are differentiated on detached features. What a loss reaches besides its own head and the
     features (a parameter of its own, the trunk's weights, another head) would be lost; the first
     step with labels of a task looks for it. Where there is such a path, this and all later steps
-    differentiate the whole graph instead, as they do for a closure.
+    differentiate the whole graph instead, as they do for a closure; and so they do for a model
+    whose forward is its own, or has hooks, which they call then.
 
     Args:
         model: the network.
@@ -38,6 +45,8 @@ class TrunkNetwork(Network):
 
     Attributes:
         checked: the tasks whose losses are known to reach nothing else, each with its loss.
+        reaching: those of them whose losses reach the features.
+        warned: whether the user knows that no conflict can be seen among the features.
     """
 
     has_features = True
@@ -57,6 +66,9 @@ class TrunkNetwork(Network):
         self.tasks = model.tasks
         self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
         self.checked: dict[str, Callable[..., Tensor]] = {}
+        self.findings = Findings()
+        self.reaching: frozenset[str] = frozenset()
+        self.warned = False
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -75,10 +87,15 @@ class TrunkNetwork(Network):
                 "targets); to call step(closure), build it with the list of task names instead."
             )
         presence = Targets(self.tasks, targets, masks, ranks, left_out)
+        if self._graph is None and bypassed(self.model):  # a hook may have come since
+            refuse_bypassed(self.model, self.needs.features)
+            self._graph = self._whole_graph()
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
-            return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
+            return TrunkEvaluation(
+                self.model, self.losses, inputs, presence, ranks, again, self.findings
+            )
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
 
     def parameters(self) -> Iterable[Tensor]:
@@ -91,7 +108,7 @@ class TrunkNetwork(Network):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
-        self.checked, self._graph = {}, None
+        self.checked, self.reaching, self._graph = {}, frozenset(), None
         if state:
             self._graph = self._whole_graph()
             self._graph.load_state_dict(state)
@@ -99,12 +116,13 @@ class TrunkNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        checked, graph = self.checked, self._graph
+        graph = self._graph
+        before = self.checked, self.reaching, self.findings, graph
         try:
             with nullcontext() if graph is None else graph.unchanged_on_error():
                 yield
         except BaseException:
-            self.checked, self._graph = checked, graph
+            self.checked, self.reaching, self.findings, self._graph = before
             raise
 
     # ------------------------------------------------------------------ paths beyond the heads
@@ -147,11 +165,10 @@ class TrunkNetwork(Network):
         self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> GraphEvaluation:
         def losses() -> dict[str, tuple[Tensor, float]]:
-            features = self.model.trunk(inputs)
-            found = {}
+            output_of, found = outputs_of(self.model, inputs), {}
             for task in targets.names:
                 if targets.here(task):
-                    output, target = targets.pair(task, self.model.head(task, features))
+                    output, target = targets.pair(task, output_of(task))
                     found[task] = self.losses[task](output, target), targets.count(task)
             return found
 
@@ -177,12 +194,48 @@ class _CheckedEvaluation(TrunkEvaluation):
         if not beyond:
             found = {task: self.network.losses[task] for task in self.presence.names}
             self.network.checked = self.network.checked | found
+            self.network.findings = self.findings.and_those(self.network.findings)
+            self._refuse_unreached()
             return self
         put_back(buffers)
         random.restore()
         graph = self.network.by_graph(self, beyond, self.again)
         graph.be_part_of(self.presence)
         return graph.look(apart)
+
+    def _refuse_unreached(self) -> None:
+        """Refuse a trunk that its own output, or every loss, leaves without a gradient."""
+        outputs = self.features.outputs
+        if not self.shared or not outputs:
+            return
+        if not reached_leaves(outputs).keys() & set(self.shared):
+            raise EquipoiseError(f"no parameter of the trunk is reached from its output; {WHY}")
+        network, inputs = self.network, set(self.features.inputs)
+        found = [float(v is not None and bool(_leaves(v) & inputs)) for v in self.values]
+        found = self.ranks.sum(torch.tensor(found, device="cpu")).tolist()
+        names = self.presence.names
+        network.reaching |= {task for task, count in zip(names, found, strict=True) if count}
+        if not network.reaching and len(network.checked) == len(network.tasks):
+            raise EquipoiseError(f"no loss reaches the features of the trunk; {WHY}")
+
+    def check_overlap(self, gradients: FeatureGradients, stages: Stages) -> None:
+        """Warn once where the tasks ask for different features."""
+        if len(self.own) < 2 or self.network.warned:
+            return
+        if not gradients.conflicts_show(stages.aggregator.entry_weights is not None):
+            self.network.warned = True
+            advice = "Backtracking" if stages.line_search else "level='parameters'"
+            warnings.warn(
+                f"{stages.needs.features}: no two tasks' gradients of the features overlap, "
+                "because each head reads features of its own, or each sample has the label of one "
+                f"task only; conflicts cannot be seen among them. Use {advice}.",
+                stacklevel=5,
+            )
+
+
+def _leaves(loss: Tensor) -> set[Tensor]:
+    """The leaves of its graph."""
+    return set(reached_leaves([loss]))
 
 
 def network_of(
@@ -192,7 +245,14 @@ def network_of(
     shared: Shared | None,
     needs: Needs,
 ) -> Network:
-    """How a step sees what it trains: as a SharedTrunk, or through a closure."""
+    """How a step sees what it trains: as a SharedTrunk, or through a closure.
+
+    Raises:
+        CombinationError: a wrapper around the network, or an optimizer, that a step cannot serve.
+    """
+    refuse_wrappers(model)
+    if optimizer is not None:
+        refuse_optimizer(optimizer)
     if isinstance(losses, Mapping):
         return TrunkNetwork(shared_trunk(model, losses, shared), dict(losses), optimizer, needs)
     return GraphNetwork(model, Partition(model, losses, optimizer, shared), needs)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from equipoise.engine.evaluation import Evaluation, Network
-from equipoise.engine.gradients import Gradients, by_parameter, give, part
+from equipoise.engine.gradients import Gradients, added, by_parameter, clip, give, part
 from equipoise.engine.learner import Learner
 from equipoise.engine.scaling import Scaling
 from equipoise.errors import CombinationError, EquipoiseError
+from equipoise.linalg import entries
 
 
 class Held:
@@ -63,7 +64,7 @@ def refuse_unused(held: Held, network: Network) -> None:
         EquipoiseError: there is one; names its parameter.
     """
     for p, gradient in held.gradients.items():
-        if getattr(gradient, USED, None) != gradient._version and bool(gradient.any()):
+        if getattr(gradient, USED, None) != gradient._version and bool(entries(gradient).any()):
             held.put_back()
             raise EquipoiseError(
                 f"{network.name(p)} holds a gradient from before this step, which would be "
@@ -133,7 +134,7 @@ class Update:
         for p, gradient in zip(parameters, self.scaling.scaled(gradients), strict=True):
             before = self.held.gradients.get(p)
             if gradient is not None:
-                p.grad = gradient if before is None else before + gradient
+                p.grad = gradient if before is None else added(before, gradient)
         self.learner.give(self.scaling, learned)
         self.learner.step()
         for p in parameters:
@@ -151,7 +152,7 @@ class Update:
         if self.clip_norm is not None:
             moved = dict.fromkeys((*self.look.shared, *itertools.chain(*self.look.own)))
             part(moved)
-            torch.nn.utils.clip_grad_norm_(moved, self.clip_norm)
+            clip(moved, self.clip_norm)
 
 
 def call_hooks(parameter: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.engine.compatibility import refuse_bypassed
 from equipoise.engine.displaced import Displaced
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.targets import Targets
@@ -103,12 +104,14 @@ class LookaheadAffinity(_PairMean):
     Raises:
         ValueError: `lr` is not positive.
         TaskError: a task without a loss.
+        CombinationError: a model whose forward is its own, or has hooks.
     """
 
     def __init__(
         self, model: SharedTrunk, losses: Mapping[str, Callable[[Any, Any], Tensor]], lr: float
     ) -> None:
         super().__init__(model.tasks)
+        refuse_bypassed(model, "LookaheadAffinity")
         if not lr > 0:
             raise ValueError(f"lr is {lr}; it must be positive.")
         for task in model.tasks:

@@ -18,7 +18,7 @@ from equipoise.grouping.scores import KINDS, Kind
 from equipoise.recipe import Recipe
 from equipoise.replay import evaluating
 from equipoise.step import Step
-from equipoise.trunk import SharedTrunk
+from equipoise.trunk import SharedTrunk, outputs_of
 
 Combine = Literal["probabilities", "logits"]
 FORMAT = 1
@@ -138,10 +138,12 @@ class Specialists(nn.Module):
         outputs: dict[str, list[tuple[float, Tensor]]] = {task: [] for task in self.tasks}
         for j, model in enumerate(self.models):
             weights = self.memberships[:, j].tolist()
-            features = model.trunk(inputs) if any(weights) else None
+            if not any(weights):
+                continue
+            output_of = outputs_of(model, inputs)
             for task, w in zip(self.tasks, weights, strict=True):
                 if w:
-                    outputs[task].append((w, model.head(task, features)))
+                    outputs[task].append((w, output_of(task)))
         return {task: self._together(task, said) for task, said in outputs.items()}
 
     def _together(self, task: str, said: list[tuple[float, Tensor]]) -> Tensor:

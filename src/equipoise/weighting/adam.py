@@ -38,9 +38,9 @@ class Adam(_ResizingModule):
             raise ValueError(f"weight decay is {weight_decay}; it must not be negative.")
         self.lr = lr
         self.weight_decay = weight_decay
-        self.register_buffer("steps", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("first", torch.zeros(0, dtype=torch.float64))
-        self.register_buffer("second", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros(0, dtype=torch.int64, device="cpu"))
+        self.register_buffer("first", torch.zeros(0, dtype=torch.float64, device="cpu"))
+        self.register_buffer("second", torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     def step(self, values: Tensor, slopes: Tensor, present: Tensor) -> Tensor:
         """The values (T,) after one step down the slopes (T,)."""

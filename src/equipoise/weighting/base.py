@@ -141,8 +141,8 @@ class EpochMean(_ResizingModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(0, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros(0, dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(0, dtype=torch.float64, device="cpu"))
+        self.register_buffer("count", torch.zeros(0, dtype=torch.int64, device="cpu"))
 
     def add(self, losses: Tensor, present: Tensor) -> None:
         """Count one batch."""

@@ -36,10 +36,10 @@ class DWA(Weighting):
             raise ValueError(f"temperature is {temperature}; it must be positive.")
         self.steps_per_epoch = check_steps_per_epoch(steps_per_epoch)
         self.temperature = temperature
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.this_epoch = EpochMean()
         self.last_epoch = EpochMean()
-        self.register_buffer("ratio", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("ratio", torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     def weigh(self, losses: Tensor, present: Tensor) -> Tensor:
         """Ones for two epochs, then from the ratio of the last two epoch means."""

@@ -53,8 +53,10 @@ class FAMO(Weighting):
     ) -> None:
         super().__init__()
         self.adam = Adam(lr, gamma)
-        self.register_buffer("logits", torch.zeros(0, dtype=torch.float64))
-        self.register_buffer("min_losses", torch.as_tensor(min_losses, dtype=torch.float64), False)
+        self.register_buffer("logits", torch.zeros(0, dtype=torch.float64, device="cpu"))
+        self.register_buffer(
+            "min_losses", torch.as_tensor(min_losses, dtype=torch.float64, device="cpu"), False
+        )
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:
         """c z ln(L - b)."""

@@ -37,7 +37,7 @@ class Fixed(Weighting):
 
     def __init__(self, weights: Sequence[float] | Tensor, inside: Weighting | None = None) -> None:
         super().__init__()
-        factors = torch.as_tensor(weights, dtype=torch.float64).detach().cpu().clone()
+        factors = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach().cpu().clone()
         if factors.dim() != 1 or not bool((factors != 0).any()):
             raise ValueError(f"weights {factors.tolist()} must be a vector with an entry above 0.")
         for i, w in enumerate(factors.tolist()):

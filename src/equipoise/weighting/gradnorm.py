@@ -52,8 +52,8 @@ class GradNorm(Weighting):
             raise ValueError(f"alpha is {alpha}; it must not be negative.")
         self.alpha = alpha
         self.adam = Adam(lr)
-        self.register_buffer("learned", torch.zeros(0, dtype=torch.float64))
-        self.register_buffer("first_losses", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("learned", torch.zeros(0, dtype=torch.float64, device="cpu"))
+        self.register_buffer("first_losses", torch.zeros(0, dtype=torch.float64, device="cpu"))
 
     def weigh(self, losses: Tensor, present: Tensor) -> Tensor:
         """The weights as learned so far."""

@@ -39,7 +39,7 @@ class IGBv1(SI):
     def __init__(self, steps_per_epoch: int, cap: float | None = None) -> None:
         super().__init__(cap)
         self.steps_per_epoch = check_steps_per_epoch(steps_per_epoch)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.base = EpochMean()
 
     def weigh(self, losses: Tensor, present: Tensor) -> Tensor:

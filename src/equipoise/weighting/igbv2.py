@@ -152,11 +152,13 @@ class IGBv2(GeneratorState, SI):
         )
         self.discount, self.tau, self.sac_lr, self.width = discount, tau, sac_lr, width
         self.temperature, self.target_entropy, self.bound = temperature, target_entropy, bound
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("last_losses", torch.ones(n_tasks, dtype=torch.float64))
-        self.register_buffer("last_present", torch.zeros(n_tasks, dtype=torch.bool))
-        self.register_buffer("last_logits", torch.zeros(n_tasks, dtype=torch.float64))
-        self.register_buffer("first_lr", torch.full((), torch.nan, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.register_buffer("last_losses", torch.ones(n_tasks, dtype=torch.float64, device="cpu"))
+        self.register_buffer("last_present", torch.zeros(n_tasks, dtype=torch.bool, device="cpu"))
+        self.register_buffer("last_logits", torch.zeros(n_tasks, dtype=torch.float64, device="cpu"))
+        self.register_buffer(
+            "first_lr", torch.full((), torch.nan, dtype=torch.float64, device="cpu")
+        )
         self.base = EpochMean()
         self._agent: Agent | None = None  # made when it is first needed
 
@@ -179,7 +181,9 @@ class IGBv2(GeneratorState, SI):
         if epoch >= self.use_epoch:
             logits = self.bound * self._ready().act(state.cpu().numpy(), self.generator)
         else:
-            draws = torch.randn(state.shape, generator=self.generator, dtype=torch.float64)
+            draws = torch.randn(
+                state.shape, generator=self.generator, dtype=torch.float64, device="cpu"
+            )
             logits = draws.clamp(-self.bound, self.bound)
         self.last_losses, self.last_present = state, here.clone()
         self.last_logits = logits.to(state)

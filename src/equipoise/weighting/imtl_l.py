@@ -38,7 +38,7 @@ class IMTLL(Weighting):
             raise ValueError(f"lr is {lr}; it must be positive, or None.")
         self.lr = lr
         self.n_tasks = n_tasks
-        self.log_scales = nn.Parameter(torch.zeros(n_tasks))
+        self.log_scales = nn.Parameter(torch.zeros(n_tasks, device="cpu"))
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:
         """exp(s) L - s."""

@@ -34,7 +34,9 @@ class RLW(GeneratorState, Weighting):
 
     def weigh(self, losses: Tensor, present: Tensor) -> Tensor:
         """Softmax of T standard normal numbers, over the present tasks."""
-        draws = torch.randn(losses.shape, generator=self.generator, dtype=torch.float64)
+        draws = torch.randn(
+            losses.shape, generator=self.generator, dtype=torch.float64, device="cpu"
+        )
         scores = draws.to(losses).masked_fill(~present, -torch.inf)
         total = present.sum() if self.normalize_to is None else self.normalize_to
         return torch.softmax(scores, 0) * total

@@ -39,7 +39,7 @@ def lent(generator: torch.Generator) -> Generator[None]:
     stable-baselines3 samples its replay buffer from numpy's global generator and its actions from
     torch's. The CPU's generator is lent only: nothing here runs on another device.
     """
-    seed = int(torch.randint(2**32, (), generator=generator))
+    seed = int(torch.randint(2**32, (), generator=generator, device="cpu"))
     theirs = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
@@ -140,16 +140,16 @@ class Agent:
         """So many gradient steps, each on so many transitions, drawn with replacement."""
         if self.journal is not None:
             self.journal.append(partial(self._load_networks, deepcopy(self._networks())))
-        with lent(generator), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with lent(generator), torch.enable_grad(), _as_on_the_cpu():
             self.sac.train(gradient_steps, batch_size)
 
     def act(self, state: NDArray[Any], generator: torch.Generator) -> Tensor:
         """A sample (T,) of the policy, float64."""
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            states = torch.as_tensor(state, dtype=torch.float32)[None]
+        with torch.no_grad(), _as_on_the_cpu():
+            states = torch.as_tensor(state, dtype=torch.float32, device="cpu")[None]
             mean, log_std, _ = self.sac.actor.get_action_dist_params(states)
         # As the actor samples, but from a generator that need not be lent in every step.
-        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+        noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32, device="cpu")
         return torch.tanh(mean + log_std.exp() * noise)[0].double()
 
     def take_back(self) -> None:
@@ -197,6 +197,13 @@ class Agent:
         for name, filled in state["transitions"].items():
             getattr(buffer, name)[: len(filled)] = filled.cpu().numpy()
         buffer.pos, buffer.full = state["position"], state["full"]
+
+
+@contextmanager
+def _as_on_the_cpu() -> Generator[None]:
+    """Whatever the default device and autocast say."""
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield
 
 
 @contextmanager

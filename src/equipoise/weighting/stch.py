@@ -60,7 +60,9 @@ class STCH(Weighting):
             raise ValueError(f"mu is {mu}; it must be positive.")
         if warmup_epochs is not None and not warmup_epochs >= 0:
             raise ValueError(f"warmup_epochs is {warmup_epochs}; give 0 or more, or None.")
-        p = torch.as_tensor(1.0 if preference is None else preference, dtype=torch.float64)
+        p = torch.as_tensor(
+            1.0 if preference is None else preference, dtype=torch.float64, device="cpu"
+        )
         if not bool((p > 0).all()) or (preference is not None and p.dim() != 1):
             raise ValueError(f"preference is {preference}; give a positive number for each task.")
         self.mu = mu
@@ -68,8 +70,10 @@ class STCH(Weighting):
         if warmup_epochs is not None:
             self.steps_per_epoch = check_steps_per_epoch(steps_per_epoch)
         self.register_buffer("preference", p, persistent=False)
-        self.register_buffer("ideal", torch.as_tensor(ideal, dtype=torch.float64), persistent=False)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer(
+            "ideal", torch.as_tensor(ideal, dtype=torch.float64, device="cpu"), persistent=False
+        )
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.nadir = EpochMean()
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:

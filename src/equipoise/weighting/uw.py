@@ -33,7 +33,7 @@ class UW(Weighting):
             raise ValueError(f"lr is {lr}; it must be positive.")
         self.lr = lr
         self.n_tasks = n_tasks
-        self.log_variances = nn.Parameter(torch.zeros(n_tasks))
+        self.log_variances = nn.Parameter(torch.zeros(n_tasks, device="cpu"))
 
     def weighted(self, losses: Tensor, present: Tensor) -> Tensor:
         """(exp(-s) L + s) / 2."""
