@@ -23,9 +23,6 @@ class Scaler(Protocol):
     def is_enabled(self) -> bool:
         """Whether it scales at all."""
 
-    def scale(self, outputs: Tensor, /) -> Any:
-        """Multiply by the scale."""
-
     def unscale_(self, optimizer: torch.optim.Optimizer, /) -> Any:
         """Divide the gradients that the optimizer holds."""
 
@@ -90,9 +87,6 @@ class Scaling:
         there = [g for g in gradients if g is not None]
         if self.scaler is None or not there:
             return gradients
-        self.scaler.scale(
-            there[0].new_zeros(())
-        )  # torch's scaler first has a scale when it is asked to
         found = iter(torch._foreach_mul(there, self.now))
         return [None if g is None else next(found) for g in gradients]
 
@@ -114,7 +108,6 @@ class Scaling:
         if self.scaler is None or optimizer is None:
             return
         marked = mark(p for group in optimizer.param_groups for p in group["params"])
-        self.scaler.scale(marked.new_zeros(()))  # as in `scaled`
         self.scaler.unscale_(optimizer)
         self.scaler.step(optimizer)
         self.scaler.update()
