@@ -52,7 +52,7 @@ def needed(monkeypatch: pytest.MonkeyPatch) -> Any:
                          ".datasets"):  # fmt: skip
                 monkeypatch.setitem(sys.modules, f"torchvision{part}", mock.MagicMock())
         if name in NEEDS:
-            pytest.importorskip(NEEDS[name])
+            pytest.importorskip(NEEDS[name], reason=f"needs pip install --no-deps {NEEDS[name]}")
 
     return need
 
