@@ -66,6 +66,8 @@ class Step:
             "weighted": times the aggregator's coefficient of the task, as one backward of the sum
             of coefficient times weighted loss would give it; a negative one lets a head climb.
         clip_norm: bound on the norm of the whole update direction, heads included; None: none.
+        missing: "sample": a target that is NaN in part, as a depth map with holes, is refused.
+            "loss": the loss function sees the NaN. A target that is wholly NaN never counts.
 
     Raises:
         TaskError: `losses` misses a task, or names one that the model does not have.
@@ -115,12 +117,13 @@ class Step:
         level: str | None = None,
         heads: str = "own",
         clip_norm: float | None = None,
+        missing: str = "sample",
     ) -> None:
         self.model, self.optimizer, self._shared = model, optimizer, shared
         self._ranks, self._rows = Ranks(), None
         self._take(
             losses=losses, weighting=weighting, aggregator=aggregator, sharpness=sharpness,
-            line_search=line_search, level=level, heads=heads, clip_norm=clip_norm,
+            line_search=line_search, level=level, heads=heads, clip_norm=clip_norm, missing=missing,
         )  # fmt: skip
 
     def __call__(
@@ -137,8 +140,8 @@ class Step:
                 hold unequal parts. It must give the same losses when it is called again: draws
                 from torch's generators are repeated.
             targets: task name -> target. A task may be absent, here or from what the closure
-                returns: its own parameters are then left alone. Samples with a NaN in their target
-                do not count for that task.
+                returns: its own parameters are then left alone. Samples whose target is NaN do not
+                count for that task.
             masks: task name -> bool (B,), False for samples that do not count for that task.
 
         Raises:
@@ -241,7 +244,7 @@ class Step:
 
     # ------------------------------------------------------------------ at the beginning
 
-    def _take(self, losses: Any, clip_norm: float | None, **stages: Any) -> None:
+    def _take(self, losses: Any, clip_norm: float | None, missing: str, **stages: Any) -> None:
         """Take the answers to the four questions, if they go together."""
         latent = isinstance(stages["line_search"], LatentLineSearch)
         usual = {"weighting": EW(), "aggregator": MGDA() if latent else Sum()}
@@ -251,13 +254,13 @@ class Step:
             network: Network = self._network  # which keeps what it knows
         else:
             network = network_of(self.model, losses, self.optimizer, self._shared, found.needs)
-        refuse_senseless(found, network, self.optimizer, clip_norm)
+        refuse_senseless(found, network, self.optimizer, clip_norm, missing)
         found.agree(self._ranks)
         adopt(self.optimizer, found.weighting, now.get("_stages"))
-        answers = {"losses": network.losses, "clip_norm": clip_norm, **stages}
+        answers = {"losses": network.losses, "clip_norm": clip_norm, "missing": missing, **stages}
         now.update(answers, _answers=answers, level=found.level, tasks=network.tasks)
         now.update(_stages=found, _network=network, _shared=network.shared)
-        network.needs = found.needs
+        network.needs, network.missing = found.needs, missing
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Another answer to one of the questions is checked as when the Step was built."""

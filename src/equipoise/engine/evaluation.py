@@ -18,6 +18,7 @@ from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence
 from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
 from equipoise.linalg import finite_norm
+from equipoise.replay import frozen_buffers
 
 Moving = Callable[[int], AbstractContextManager[Any]]
 """Position of a present task -> a context in which that task's own parameters are moved."""
@@ -36,6 +37,7 @@ class Evaluation(ABC):
         ranks: the processes that train together.
         shared: the shared parameters that are not frozen; their numbers are the P columns of rows.
         own: for each present task the parameters that follow its own loss.
+        whole: the network, together with losses that are modules and may keep something in them.
         losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
             called.
     """
@@ -44,6 +46,7 @@ class Evaluation(ABC):
     ranks: Ranks
     shared: list[Tensor]
     own: list[list[Tensor]]
+    whole: nn.Module
     losses: Tensor
 
     @abstractmethod
@@ -156,14 +159,20 @@ class Evaluation(ABC):
         """Raise NonFiniteError if a loss is NaN or infinite."""
         for task, loss in zip(self.presence.names, self.losses.tolist(), strict=True):
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
-                )
+                cause = self.cause(task) if math.isnan(loss) else None
+                advice = "Lower the learning rate, or leave this batch out."
+                said = f"loss is {loss}. {advice}" if cause is None else f"loss is {loss}: {cause}"
+                raise NonFiniteError(task, said)
+
+    def cause(self, task: str) -> str | None:
+        """Why the loss of a task may be NaN, with what to do; None if nothing is known."""
+        return None
 
     def losses_or_nan(self) -> Tensor:
         """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""
         try:
-            losses = self.look().losses
+            with frozen_buffers(self.whole):
+                losses = self.look().losses
         except NonFiniteError:  # the next step will say so
             return torch.full(self.presence.present.shape, torch.nan, dtype=torch.float64)
         return self.presence.spread(losses, torch.nan)
@@ -193,6 +202,7 @@ class Network(ABC):
         has_features: whether gradients of the features can be taken (`TrunkEvaluation`).
         shares_nothing: whether it is one network for each task, so that nothing is shared.
         needs: what the stages want of it.
+        missing: what becomes of a target that is NaN in part, as of Step.
     """
 
     tasks: tuple[str, ...]
@@ -200,6 +210,7 @@ class Network(ABC):
     losses: Any
     shared: list[Tensor] | None
     needs: Needs
+    missing: str = "sample"
     has_features: bool = False
     shares_nothing: bool = False
 

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from equipoise.engine.evaluation import Evaluation, Moving, Network
 from equipoise.engine.gradients import Gradients
+from equipoise.engine.lazy import LazyParameters
 from equipoise.engine.partition import Partition
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
-from equipoise.errors import EquipoiseError, TaskError, nearest
-from equipoise.replay import Replay
+from equipoise.errors import EquipoiseError, TaskError, nearest, raised_in
+from equipoise.kept import Attributes, search_again
+from equipoise.replay import Replay, frozen_buffers
 
 Closure = Callable[[], Mapping[str, Any]]
 
@@ -30,15 +32,19 @@ class GraphNetwork(Network):
         module: the network.
         partition: which of its parameters are shared.
         needs: what the stages want of it.
+        whole: the network and losses that are modules; None: the network.
+
+    Attributes:
+        seen: the tasks that have had a loss.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        partition: Partition,
-        needs: Needs,
+        self, module: nn.Module, partition: Partition, needs: Needs, whole: nn.Module | None = None
     ) -> None:
         self.module = module
+        self.whole = module if whole is None else whole
+        self.seen: set[str] = set()
+        self.lazy = LazyParameters(module)
         self.partition = partition
         self.tasks = self.losses = partition.tasks
         self.shared = partition.given
@@ -61,6 +67,7 @@ class GraphNetwork(Network):
                 "that returns task name -> loss; for step(inputs, targets) give it a SharedTrunk "
                 "and a dict of losses."
             )
+        self.lazy.make(closure, ranks)
         return GraphEvaluation(self, closure, ranks, left_out, again)
 
     def forget_gradients(self) -> None:
@@ -71,10 +78,12 @@ class GraphNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        found = self.partition.found()
+        found, seen = self.partition.found(), self.seen
         try:
-            yield
+            with self.lazy.unchanged_on_error():
+                yield
         except BaseException:
+            self.seen = seen
             self.partition.put_back(found)
             raise
 
@@ -96,6 +105,7 @@ class GraphEvaluation(Evaluation):
         ranks: the processes that train together.
         left_out: positions of tasks whose losses do not count.
         again: whether there will be further calls, for which draws and buffers are recorded.
+        cause: task name -> why its loss may be NaN; None: nothing is known.
     """
 
     def __init__(
@@ -105,23 +115,31 @@ class GraphEvaluation(Evaluation):
         ranks: Ranks,
         left_out: frozenset[int],
         again: bool,
+        cause: Callable[[str], str | None] | None = None,
     ) -> None:
         self.network = network
+        self._cause = cause
         self.closure = closure
         self.ranks = ranks
         self.left_out = {network.tasks[i] for i in left_out}
-        self.replay = Replay(network.module) if again else None
+        self.whole = whole = network.whole
+        if not network.seen.issuperset(network.tasks):
+            search_again(whole)  # a part that was not called yet may hold what moves
+        self.start = Attributes(whole)
+        self.replay = Replay(whole, self.start) if again else None
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
                 recording.enter_context(self.replay.recording(None))
             found = self._call()
+        self.start.found(network.seen.issuperset(network.tasks))
         counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
         self.presence = Presence(network.tasks, counts, ranks)
         self.values = self._of_present(found)
 
     def _call(self) -> dict[str, tuple[Tensor, float]]:
         """Task name -> loss and number of samples, checked."""
-        with torch.enable_grad():  # networks that differentiate by their inputs need it always
+        # Networks that differentiate by their inputs need gradients always.
+        with torch.enable_grad(), raised_in("the closure"):
             given = self.closure()
         if not isinstance(given, Mapping):
             raise EquipoiseError(
@@ -146,6 +164,8 @@ class GraphEvaluation(Evaluation):
                 raise TaskError(task, f"has {count} samples; give a number from 0 on.")
             if task not in self.left_out and count > 0:
                 found[task] = loss, count
+        if not given.keys() <= self.network.seen:
+            self.network.seen = self.network.seen.union(given)
         return found
 
     def _of_present(self, found: Mapping[str, tuple[Tensor, float]]) -> list[Tensor | None]:
@@ -173,8 +193,20 @@ class GraphEvaluation(Evaluation):
 
     def repeated(self) -> GraphEvaluation:
         """Call the closure once more, as for a new batch."""
-        out = frozenset(self.network.tasks.index(task) for task in self.left_out)
-        return GraphEvaluation(self.network, self.closure, self.ranks, out, again=False)
+        network = self.network
+        out = frozenset(network.tasks.index(task) for task in self.left_out)
+        self.start.put_back()
+        with frozen_buffers(self.whole):
+            return GraphEvaluation(network, self.closure, self.ranks, out, False, self._cause)
+
+    def cause(self, task: str) -> str | None:
+        """What the labels say, where there are any; else what a closure may be wrong in."""
+        if self._cause is not None:
+            return self._cause(task)
+        return (
+            "leave the task out of what the closure returns where the batch or its labels are "
+            "empty; else lower the learning rate, or leave this batch out."
+        )
 
     # ------------------------------------------------------------------ backward
 

@@ -18,7 +18,8 @@ from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Targets, check_loss
-from equipoise.errors import EquipoiseError, TaskError
+from equipoise.errors import EquipoiseError, TaskError, raised_in
+from equipoise.kept import Attributes
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
@@ -39,6 +40,7 @@ class TrunkEvaluation(Evaluation):
         presence: the targets.
         ranks: the processes that train together.
         again: whether there will be further looks, for which draws are recorded.
+        whole: the network and losses that are modules; None: the network.
 
     Attributes:
         features: the cut between trunk and heads; once `look` was called.
@@ -53,13 +55,16 @@ class TrunkEvaluation(Evaluation):
         presence: Targets,
         ranks: Ranks,
         again: bool = False,
+        whole: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.whole = model if whole is None else whole
+        self.start = Attributes(self.whole)
         self.losses_of = losses
         self.inputs = inputs
         self.presence = self.targets = presence
         self.ranks = ranks
-        self.replay = Replay(model) if again else None
+        self.replay = Replay(self.whole, self.start) if again else None
         self.functions = [losses[task] for task in presence.names]
         self.shared = trainable(model.shared_parameters())
         self.own = [trainable(model.head_parameters(task)) for task in presence.names]
@@ -75,7 +80,7 @@ class TrunkEvaluation(Evaluation):
         names, model = self.presence.names, self.model
         with self.ranks.agreeing():
             with recording(TRUNK, model.trunk):
-                features = model.trunk(self.inputs)
+                features = self._features()
             self.features = Boundary(features, len(names), apart)
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
@@ -84,19 +89,31 @@ class TrunkEvaluation(Evaluation):
                     "and tuples of tensors."
                 )
             self.values: list[Tensor | None] = []
-            for k, task in enumerate(names):
-                with recording(k, model.heads[task]):
+            for k in range(len(names)):
+                with recording(k, self._parts(k)):
                     self.values.append(self._loss(k, self.features.of(k)))
         self.losses = self.joint(self.values)
         self.refuse_infinite_losses()
         return self
+
+    def _features(self) -> Any:
+        with raised_in("the trunk"):
+            return self.model.trunk(self.inputs)
+
+    def _parts(self, k: int) -> nn.Module:
+        """What is called for a task: its head, and its loss if that is a module."""
+        head, function = self.model.heads[self.presence.names[k]], self.functions[k]
+        if self.replay is None or self.whole is self.model or not isinstance(function, nn.Module):
+            return head
+        return nn.ModuleList([head, function])
 
     def _loss(self, k: int, features: Any) -> Tensor | None:
         task = self.presence.names[k]
         if not self.presence.here(task):
             return None
         try:
-            output = self.model.head(task, features)
+            with raised_in(f"the head of task {task!r}"):
+                output = self.model.head(task, features)
         except RuntimeError as error:
             if "in-place" not in str(error):
                 raise
@@ -106,7 +123,8 @@ class TrunkEvaluation(Evaluation):
                 "layer inplace=False.",
             ) from error
         output, target = self.targets.pair(task, output)
-        loss = self.functions[k](output, target)
+        with raised_in(f"the loss of task {task!r}"):
+            loss = self.functions[k](output, target)
         check_loss(task, loss)
         trained = self.features.inputs or self.own[k]
         if trained and torch.is_grad_enabled() and not loss.requires_grad:
@@ -115,7 +133,13 @@ class TrunkEvaluation(Evaluation):
 
     def repeated(self) -> TrunkEvaluation:
         """The same batch once more, as if it were new."""
-        return TrunkEvaluation(self.model, self.losses_of, self.inputs, self.targets, self.ranks)
+        self.start.put_back()
+        batch = self.inputs, self.targets, self.ranks
+        return TrunkEvaluation(self.model, self.losses_of, *batch, whole=self.whole)
+
+    def cause(self, task: str) -> str | None:
+        """What the labels say."""
+        return self.targets.cause(task, self.losses_of[task])
 
     # ------------------------------------------------------------------ backward
 
@@ -211,9 +235,9 @@ class TrunkEvaluation(Evaluation):
     def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
         """Pass the trunk once, and the heads of these tasks."""
         assert self.replay is not None
-        with self.ranks.agreeing():
+        with self.ranks.agreeing(), self.replay.looking():
             with self.replay.again(TRUNK):
-                features = self.model.trunk(self.inputs)
+                features = self._features()
             return [self._loss_again(k, features) for k in tasks]
 
     def _loss_again(self, k: int, features: Any) -> Tensor | None:
@@ -240,6 +264,7 @@ class TrunkEvaluation(Evaluation):
         Args:
             latent: along what the features are moved, and how far; None: not at all.
         """
+        assert self.replay is not None
         tasks = range(len(self.own))
         with torch.no_grad():
             torch.clear_autocast_cache()  # it holds half-precision copies of the parameters
@@ -247,7 +272,7 @@ class TrunkEvaluation(Evaluation):
                 values = self.losses_again(tasks)
             else:
                 features = self.features.moved(*latent)
-                with self.ranks.agreeing():
+                with self.ranks.agreeing(), self.replay.looking():
                     values = [self._loss_again(k, features) for k in tasks]
             torch.clear_autocast_cache()
         return self.joint(values)

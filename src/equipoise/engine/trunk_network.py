@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.draws import RandomState
 from equipoise.engine.compatibility import shared_trunk
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
+from equipoise.engine.lazy import LazyParameters
 from equipoise.engine.partition import Partition, Shared
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
-from equipoise.errors import CombinationError, EquipoiseError
-from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
+from equipoise.errors import CombinationError, EquipoiseError, raised_in
+from equipoise.kept import Attributes, copy_of_buffers, put_back, search_again, whole_of
+from equipoise.replay import devices_of
 from equipoise.trunk import SeparateTrunks, SharedTrunk
+
+BUFFERS = "buffers of losses"
+"""Where they are in the state of a network, with the names of parameters; none is called so."""
 
 
 class TrunkNetwork(Network):
@@ -53,6 +60,8 @@ class TrunkNetwork(Network):
         self.tasks = model.tasks
         self.shares_nothing = isinstance(model.trunk, SeparateTrunks)
         self.checked: dict[str, Callable[..., Tensor]] = {}
+        self.whole = whole_of(model, losses.values())
+        self.lazy = LazyParameters(model)
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -70,12 +79,21 @@ class TrunkNetwork(Network):
                 "the step got no targets. A Step with a dict of losses takes step(inputs, "
                 "targets); to call step(closure), build it with the list of task names instead."
             )
-        presence = Targets(self.tasks, targets, masks, ranks, left_out)
+        presence = Targets(self.tasks, targets, masks, ranks, left_out, self.missing)
+        self.lazy.make(partial(self._all_outputs, inputs), ranks)
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
-            return TrunkEvaluation(self.model, self.losses, inputs, presence, ranks, again)
+            arguments = inputs, presence, ranks, again, self.whole
+            return TrunkEvaluation(self.model, self.losses, *arguments)
+        search_again(self.whole)  # the head of a new task may hold what moves
         return _CheckedEvaluation(self, inputs, presence, ranks, again)
+
+    @torch.no_grad()
+    def _all_outputs(self, inputs: Any) -> None:
+        features = self.model.trunk(inputs)
+        for task in self.tasks:
+            self.model.head(task, features)
 
     def forget_gradients(self) -> None:
         """Free the gradients of trunk and heads, and of what else was found."""
@@ -84,12 +102,24 @@ class TrunkNetwork(Network):
             self._graph.forget_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the tasks have reached, if the whole graph is differentiated; else nothing."""
-        return {} if self._graph is None else self._graph.state_dict()
+        """What the tasks have reached, if the whole graph is differentiated; buffers of losses."""
+        buffers = {
+            f"{task}.{name}": value
+            for task, loss in self.losses.items()
+            if self.whole is not self.model and isinstance(loss, nn.Module)
+            for name, value in loss.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        }
+        found = {} if self._graph is None else self._graph.state_dict()
+        return {**found, BUFFERS: buffers} if buffers else found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
         self.checked, self._graph = {}, None
+        state = dict(state)
+        own = self.state_dict().get(BUFFERS, {})
+        for name, value in state.pop(BUFFERS, {}).items():
+            own[name].copy_(value)
         if state:
             self._graph = self._whole_graph()
             self._graph.load_state_dict(state)
@@ -98,10 +128,19 @@ class TrunkNetwork(Network):
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
         checked, graph = self.checked, self._graph
+        kept = None
+        if self.whole is not self.model:
+            kept = copy_of_buffers(self.whole), Attributes(self.whole)
         try:
-            with nullcontext() if graph is None else graph.unchanged_on_error():
+            with (
+                nullcontext() if graph is None else graph.unchanged_on_error(),
+                self.lazy.unchanged_on_error(),
+            ):
                 yield
         except BaseException:
+            if kept is not None:
+                put_back(kept[0])
+                kept[1].put_back()
             self.checked, self._graph = checked, graph
             raise
 
@@ -139,21 +178,28 @@ class TrunkNetwork(Network):
         shared = list(self.model.trunk.parameters())
         heads = {task: self.model.head_parameters(task) for task in self.tasks}
         partition = Partition(self.model, self.tasks, self.optimizer, shared or None, heads)
-        return GraphNetwork(self.model, partition, self.needs)
+        return GraphNetwork(self.model, partition, self.needs, self.whole)
 
     def _evaluate_graph(
         self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> GraphEvaluation:
         def losses() -> dict[str, tuple[Tensor, float]]:
-            features = self.model.trunk(inputs)
+            with raised_in("the trunk"):
+                features = self.model.trunk(inputs)
             found = {}
             for task in targets.names:
                 if targets.here(task):
-                    output, target = targets.pair(task, self.model.head(task, features))
-                    found[task] = self.losses[task](output, target), targets.count(task)
+                    with raised_in(f"the head of task {task!r}"):
+                        output = self.model.head(task, features)
+                    output, target = targets.pair(task, output)
+                    with raised_in(f"the loss of task {task!r}"):
+                        found[task] = self.losses[task](output, target), targets.count(task)
             return found
 
-        return GraphEvaluation(graph, losses, ranks, frozenset(), again)
+        def cause(task: str) -> str | None:
+            return targets.cause(task, self.losses[task])
+
+        return GraphEvaluation(graph, losses, ranks, frozenset(), again, cause)
 
 
 class _CheckedEvaluation(TrunkEvaluation):
@@ -162,13 +208,19 @@ class _CheckedEvaluation(TrunkEvaluation):
     def __init__(
         self, network: TrunkNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> None:
-        super().__init__(network.model, network.losses, inputs, targets, ranks, again)
+        batch = inputs, targets, ranks
+        super().__init__(network.model, network.losses, *batch, again, network.whole)
         self.network, self.again = network, again
 
     def look(self, apart: bool = True) -> Evaluation:
         """Make the forward pass; once more, with the whole graph, if a loss reaches beyond."""
-        random, buffers = RandomState(devices_of(self.model)), copy_of_buffers(self.model)
-        super().look(apart)
+        random, buffers = RandomState(devices_of(self.model)), copy_of_buffers(self.whole)
+        try:
+            super().look(apart)
+        except BaseException:
+            self.start.put_back()
+            raise
+        self.start.found(final=True)
         if not torch.is_grad_enabled():
             return self
         beyond = self.network.beyond(self)
@@ -177,6 +229,7 @@ class _CheckedEvaluation(TrunkEvaluation):
             self.network.checked = self.network.checked | found
             return self
         put_back(buffers)
+        self.start.put_back()
         random.restore()
         return self.network.by_graph(self, beyond, self.again).look(apart)
 
