@@ -77,7 +77,8 @@ class Attributes:
     """The tensors that a network holds in plain attributes, as they are now.
 
     Only those that are known to move, once `found` was called for the network. Parameters do not
-    count, nor do tensors inside of other objects than tuples, lists, deques and dicts.
+    count, nor do tensors inside of other objects than tuples, lists, deques and dicts. A list that
+    grows is a log, and goes on growing.
 
     Args:
         module: the network.
@@ -205,8 +206,9 @@ class _Value:
         if isinstance(value, Tensor):
             return self.copy is None or _equal(self.copy, _memory(now))
         if isinstance(self.parts, list):
-            return len(now) == len(self.parts) and all(
-                part.same(n) for part, n in zip(self.parts, now, strict=True)
+            grows = len(now) > len(self.parts) and isinstance(now, list)  # a log
+            return (grows or len(now) == len(self.parts)) and all(
+                part.same(n) for part, n in zip(self.parts, now, strict=False)
             )
         if isinstance(self.parts, dict):
             return now.keys() == self.parts.keys() and all(

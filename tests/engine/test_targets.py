@@ -52,8 +52,13 @@ def test_present_names_and_shares() -> None:
         (torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, True, False]), [0, 1]),
         (torch.tensor([torch.nan, 1.0, 2.0]), torch.tensor([True, True, False]), [1]),
         (torch.tensor([0, 1, 2]), torch.tensor([False, True, True]), [1, 2]),
-        # One NaN among a sample's numbers rules the sample out.
-        (torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1.0, 1.0]]), None, [0, 2]),
+        (torch.tensor([[0.0, 1.0], [torch.nan, torch.nan], [1.0, 1.0]]), None, [0, 2]),
+        # What is NaN in part does not matter where the mask rules it out.
+        (
+            torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1.0, 1.0]]),
+            torch.tensor([True, False, True]),
+            [0, 2],
+        ),
         (torch.tensor([0.0, 1.0, torch.inf]), None, [0, 1, 2]),
         (torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, True, True]), [0, 1, 2]),
     ],
@@ -82,8 +87,11 @@ def test_nothing_there(targets: dict) -> None:
             labels(targets)
 
 
-def test_a_batch_of_no_samples_has_no_labels() -> None:
-    assert labels({"a": torch.zeros(0, 1), "b": torch.zeros(0, dtype=torch.long)}).names == []
+def test_a_batch_of_no_samples_is_refused() -> None:
+    with pytest.raises(eq.EquipoiseError, match="the batch is empty"):
+        labels({"a": torch.zeros(0, 1), "b": torch.zeros(0, dtype=torch.long)})
+    # One task alone may have no sample here.
+    assert labels({"a": torch.zeros(0, 1), "b": torch.zeros(2)}).names == ["b"]
 
 
 # ------------------------------------------------------------------------------------ errors
