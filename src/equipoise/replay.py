@@ -111,13 +111,24 @@ class Replay:
                 after.restore()
 
 
+class Beginning(RandomState):
+    """The random state and the buffers with which a step begins; made by `unchanged_on_error`."""
+
+    buffers: Buffers = []  # noqa: RUF012
+
+
 @contextmanager
 def replayed(model: nn.Module, state: RandomState) -> Generator[None]:
-    """The body draws from `state` on; afterwards generators and buffers are as before it."""
+    """The body draws from `state` on, and begins with its buffers if it has some.
+
+    Afterwards generators and buffers are as before it.
+    """
     after = state.now(devices_of(model))
     state.restore()
     try:
         with frozen_buffers(model):
+            if isinstance(state, Beginning):
+                put_back(state.buffers)
             yield
     finally:
         after.restore()
@@ -155,16 +166,17 @@ def unchanged_on_error(
     devices: Iterable[torch.device],
     stages: Iterable[Any] = (),
     by_themselves: Iterable[UndoesItself] = (),
-) -> Generator[RandomState]:
+) -> Generator[Beginning]:
     """Whatever the body raises, an interrupt too, leaves no trace.
 
     The model's buffers and what it holds in plain attributes, the state of the stages (by
     `state_dict` and `load_state_dict`), of what goes back by itself, and the global random
-    generators, those of `devices` too, are then as they were before. Gives the random state at the
-    beginning.
+    generators, those of `devices` too, are then as they were before. Gives the random state and the
+    buffers at the beginning.
     """
-    random = RandomState(devices)
-    buffers, attributes = copy_of_buffers(model), Attributes(model)
+    random = Beginning(devices)
+    random.buffers = buffers = copy_of_buffers(model)
+    attributes = Attributes(model)
     states = [(stage, _copy(stage.state_dict())) for stage in stages]
     try:
         with ExitStack() as guards:

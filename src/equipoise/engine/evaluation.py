@@ -17,6 +17,7 @@ from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence
 from equipoise.errors import NOT_FINITE, EquipoiseError, NonFiniteError
+from equipoise.kept import Attributes, Buffers, put_back
 from equipoise.linalg import finite_norm
 from equipoise.replay import frozen_buffers
 
@@ -38,6 +39,8 @@ class Evaluation(ABC):
         shared: the shared parameters that are not frozen; their numbers are the P columns of rows.
         own: for each present task the parameters that follow its own loss.
         whole: the network, together with losses that are modules and may keep something in them.
+        start: what it held in plain attributes before the first look.
+        held: the buffers of those losses before the first look.
         losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
             called.
     """
@@ -47,6 +50,8 @@ class Evaluation(ABC):
     shared: list[Tensor]
     own: list[list[Tensor]]
     whole: nn.Module
+    start: Attributes
+    held: Buffers
     losses: Tensor
 
     @abstractmethod
@@ -167,6 +172,11 @@ class Evaluation(ABC):
     def cause(self, task: str) -> str | None:
         """Why the loss of a task may be NaN, with what to do; None if nothing is known."""
         return None
+
+    def begin_again(self) -> None:
+        """Let the network hold what it held before the first look, but for its own buffers."""
+        put_back(self.held)
+        self.start.put_back()
 
     def losses_or_nan(self) -> Tensor:
         """Make the forward pass: (T,) losses, NaN where absent; all NaN if one is not finite."""

@@ -19,7 +19,7 @@ from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
 from equipoise.errors import EquipoiseError, TaskError, nearest, raised_in
-from equipoise.kept import Attributes, search_again
+from equipoise.kept import Attributes, Buffers, search_again
 from equipoise.replay import Replay, frozen_buffers
 
 Closure = Callable[[], Mapping[str, Any]]
@@ -32,10 +32,11 @@ class GraphNetwork(Network):
         module: the network.
         partition: which of its parameters are shared.
         needs: what the stages want of it.
-        whole: the network and losses that are modules; None: the network.
+        whole: as `kept.whole_of` gives it; None: the network.
 
     Attributes:
         seen: the tasks that have had a loss.
+        held: as of Evaluation.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class GraphNetwork(Network):
         self.module = module
         self.whole = module if whole is None else whole
         self.seen: set[str] = set()
+        self.held: Buffers = []
         self.lazy = LazyParameters(module)
         self.partition = partition
         self.tasks = self.losses = partition.tasks
@@ -125,7 +127,7 @@ class GraphEvaluation(Evaluation):
         self.whole = whole = network.whole
         if not network.seen.issuperset(network.tasks):
             search_again(whole)  # a part that was not called yet may hold what moves
-        self.start = Attributes(whole)
+        self.start, self.held = Attributes(whole), network.held
         self.replay = Replay(whole, self.start) if again else None
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
@@ -195,8 +197,8 @@ class GraphEvaluation(Evaluation):
         """Call the closure once more, as for a new batch."""
         network = self.network
         out = frozenset(network.tasks.index(task) for task in self.left_out)
-        self.start.put_back()
         with frozen_buffers(self.whole):
+            self.begin_again()
             return GraphEvaluation(network, self.closure, self.ranks, out, False, self._cause)
 
     def cause(self, task: str) -> str | None:

@@ -19,7 +19,7 @@ from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Targets, check_loss
 from equipoise.errors import EquipoiseError, TaskError, raised_in
-from equipoise.kept import Attributes
+from equipoise.kept import Attributes, Buffers, whole_of
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
@@ -40,7 +40,7 @@ class TrunkEvaluation(Evaluation):
         presence: the targets.
         ranks: the processes that train together.
         again: whether there will be further looks, for which draws are recorded.
-        whole: the network and losses that are modules; None: the network.
+        whole: as `kept.whole_of` gives it; None: the network.
 
     Attributes:
         features: the cut between trunk and heads; once `look` was called.
@@ -68,6 +68,8 @@ class TrunkEvaluation(Evaluation):
         self.functions = [losses[task] for task in presence.names]
         self.shared = trainable(model.shared_parameters())
         self.own = [trainable(model.head_parameters(task)) for task in presence.names]
+        self.first: TrunkEvaluation | None = None  # which this one repeats
+        self.held: Buffers = []
         self.latent: Gradients = []
         self._sent_back: list[Gradients] = []
         self._linear: tuple[Gradients, Gradients] = [], []
@@ -78,6 +80,8 @@ class TrunkEvaluation(Evaluation):
         """Pass the trunk once and each head once; with `apart` each on features of its own."""
         recording = self.replay.recording if self.replay else lambda *_: nullcontext()
         names, model = self.presence.names, self.model
+        if self.first is not None:
+            self.first.begin_again()
         with self.ranks.agreeing():
             with recording(TRUNK, model.trunk):
                 features = self._features()
@@ -101,11 +105,9 @@ class TrunkEvaluation(Evaluation):
             return self.model.trunk(self.inputs)
 
     def _parts(self, k: int) -> nn.Module:
-        """What is called for a task: its head, and its loss if that is a module."""
-        head, function = self.model.heads[self.presence.names[k]], self.functions[k]
-        if self.replay is None or self.whole is self.model or not isinstance(function, nn.Module):
-            return head
-        return nn.ModuleList([head, function])
+        """What is called for a task: its head, and its loss if that may keep something."""
+        head = self.model.heads[self.presence.names[k]]
+        return head if self.whole is self.model else whole_of(head, [self.functions[k]])
 
     def _loss(self, k: int, features: Any) -> Tensor | None:
         task = self.presence.names[k]
@@ -133,9 +135,10 @@ class TrunkEvaluation(Evaluation):
 
     def repeated(self) -> TrunkEvaluation:
         """The same batch once more, as if it were new."""
-        self.start.put_back()
         batch = self.inputs, self.targets, self.ranks
-        return TrunkEvaluation(self.model, self.losses_of, *batch, whole=self.whole)
+        again = TrunkEvaluation(self.model, self.losses_of, *batch, whole=self.whole)
+        again.first = self
+        return again
 
     def cause(self, task: str) -> str | None:
         """What the labels say."""

@@ -21,7 +21,7 @@ from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
 from equipoise.errors import CombinationError, EquipoiseError, raised_in
-from equipoise.kept import Attributes, copy_of_buffers, put_back, search_again, whole_of
+from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back, search_again, whole_of
 from equipoise.replay import devices_of
 from equipoise.trunk import SeparateTrunks, SharedTrunk
 
@@ -62,6 +62,7 @@ class TrunkNetwork(Network):
         self.checked: dict[str, Callable[..., Tensor]] = {}
         self.whole = whole_of(model, losses.values())
         self.lazy = LazyParameters(model)
+        self._held: Buffers = []
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -85,9 +86,12 @@ class TrunkNetwork(Network):
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
             arguments = inputs, presence, ranks, again, self.whole
-            return TrunkEvaluation(self.model, self.losses, *arguments)
-        search_again(self.whole)  # the head of a new task may hold what moves
-        return _CheckedEvaluation(self, inputs, presence, ranks, again)
+            look = TrunkEvaluation(self.model, self.losses, *arguments)
+        else:
+            search_again(self.whole)  # the head of a new task may hold what moves
+            look = _CheckedEvaluation(self, inputs, presence, ranks, again)
+        look.held = self._held
+        return look
 
     @torch.no_grad()
     def _all_outputs(self, inputs: Any) -> None:
@@ -128,9 +132,11 @@ class TrunkNetwork(Network):
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
         checked, graph = self.checked, self._graph
-        kept = None
+        attributes = None
         if self.whole is not self.model:
-            kept = copy_of_buffers(self.whole), Attributes(self.whole)
+            attributes = Attributes(self.whole)
+            _, *losses = self.whole.children()
+            self._held = [held for loss in losses for held in copy_of_buffers(loss)]
         try:
             with (
                 nullcontext() if graph is None else graph.unchanged_on_error(),
@@ -138,9 +144,9 @@ class TrunkNetwork(Network):
             ):
                 yield
         except BaseException:
-            if kept is not None:
-                put_back(kept[0])
-                kept[1].put_back()
+            if attributes is not None:
+                put_back(self._held)
+                attributes.put_back()
             self.checked, self._graph = checked, graph
             raise
 
@@ -199,6 +205,7 @@ class TrunkNetwork(Network):
         def cause(task: str) -> str | None:
             return targets.cause(task, self.losses[task])
 
+        graph.held = self._held
         return GraphEvaluation(graph, losses, ranks, frozenset(), again, cause)
 
 
