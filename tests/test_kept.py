@@ -324,6 +324,25 @@ def test_the_state_of_a_head_whose_labels_come_later() -> None:
         assert all(torch.equal(seen, start) for seen in record)
 
 
+def test_a_task_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches, search = [], kept._held
+    monkeypatch.setattr(kept, "_held", lambda module: searches.append(1) or search(module))
+    model, x = model_with(nn.Linear(8, 8), nn.Sequential(Recurrent("replaced"))), batch()[0]
+    step = eq.Step(model, ["a", "b"], torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def make(tasks: str) -> int:
+        searches.clear()
+        step(lambda: {t: model(x)[t].mean() for t in tasks})
+        return len(searches)
+
+    counts = [make("b") for _ in range(22)]
+    assert counts[0] == counts[19] > 0
+    assert counts[20:] == [0, 0]
+    assert make("ab") == 0
+    assert make("ab") > 0  # one step late
+    assert make("ab") == 0
+
+
 def test_frozen_buffers_keeps_the_state_of_any_network() -> None:
     part, (x, _) = Recurrent("replaced"), batch()
     part(x)

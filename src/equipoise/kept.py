@@ -151,6 +151,42 @@ def search_again(module: nn.Module) -> None:
         _known.pop(root, None)
 
 
+class Search:
+    """Looks for the attributes of a network that move, for as long as parts of it may be new.
+
+    Args:
+        module: the network.
+        tasks: the names of those that have parts of their own.
+    """
+
+    def __init__(self, module: nn.Module, tasks: Iterable[str]) -> None:
+        self._module = module
+        self._unseen = set(tasks)
+        self._left = 20  # steps in which it searches, unless all tasks are seen before
+
+    def begin(self) -> Attributes:
+        """What the network holds before the forward pass of a batch."""
+        if self._left > 0:
+            search_again(self._module)
+        return Attributes(self._module)
+
+    def end(self, start: Attributes, seen: Iterable[str]) -> None:
+        """The forward pass was made.
+
+        Args:
+            start: what `begin` gave.
+            seen: the tasks that took part.
+        """
+        searched, before = self._left > 0, len(self._unseen)
+        self._unseen -= {*seen} if self._unseen else set()
+        new = len(self._unseen) < before
+        if searched:
+            self._left = self._left - 1 if self._unseen else 0
+        elif new:
+            self._left = 1  # one step late, rather than to search in all steps
+        start.found(final=self._left == 0)
+
+
 def _give(owner: nn.Module, name: str, value: Any) -> None:
     # Not by setattr, which a module may have overridden.
     if value is _ABSENT:

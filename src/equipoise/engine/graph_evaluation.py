@@ -19,7 +19,7 @@ from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
 from equipoise.errors import EquipoiseError, TaskError, nearest, raised_in
-from equipoise.kept import Attributes, Buffers, search_again
+from equipoise.kept import Buffers, Search
 from equipoise.replay import Replay, frozen_buffers
 
 Closure = Callable[[], Mapping[str, Any]]
@@ -35,8 +35,8 @@ class GraphNetwork(Network):
         whole: as `kept.whole_of` gives it; None: the network.
 
     Attributes:
-        seen: the tasks that have had a loss.
         held: as of Evaluation.
+        search: for attributes that move.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class GraphNetwork(Network):
     ) -> None:
         self.module = module
         self.whole = module if whole is None else whole
-        self.seen: set[str] = set()
         self.held: Buffers = []
         self.lazy = LazyParameters(module)
         self.partition = partition
         self.tasks = self.losses = partition.tasks
         self.shared = partition.given
         self.needs = needs
+        self.search = Search(self.whole, self.tasks)
 
     def evaluate(
         self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
@@ -80,12 +80,11 @@ class GraphNetwork(Network):
     @contextmanager
     def unchanged_on_error(self) -> Generator[None]:
         """If the body raises, what was found in it is forgotten."""
-        found, seen = self.partition.found(), self.seen
+        found = self.partition.found()
         try:
             with self.lazy.unchanged_on_error():
                 yield
         except BaseException:
-            self.seen = seen
             self.partition.put_back(found)
             raise
 
@@ -124,16 +123,14 @@ class GraphEvaluation(Evaluation):
         self.closure = closure
         self.ranks = ranks
         self.left_out = {network.tasks[i] for i in left_out}
-        self.whole = whole = network.whole
-        if not network.seen.issuperset(network.tasks):
-            search_again(whole)  # a part that was not called yet may hold what moves
-        self.start, self.held = Attributes(whole), network.held
-        self.replay = Replay(whole, self.start) if again else None
+        self.whole, self.held = network.whole, network.held
+        self.start = network.search.begin()
+        self.replay = Replay(self.whole, self.start) if again else None
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
                 recording.enter_context(self.replay.recording(None))
             found = self._call()
-        self.start.found(network.seen.issuperset(network.tasks))
+        network.search.end(self.start, found)
         counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
         self.presence = Presence(network.tasks, counts, ranks)
         self.values = self._of_present(found)
@@ -166,8 +163,6 @@ class GraphEvaluation(Evaluation):
                 raise TaskError(task, f"has {count} samples; give a number from 0 on.")
             if task not in self.left_out and count > 0:
                 found[task] = loss, count
-        if not given.keys() <= self.network.seen:
-            self.network.seen = self.network.seen.union(given)
         return found
 
     def _of_present(self, found: Mapping[str, tuple[Tensor, float]]) -> list[Tensor | None]:

@@ -63,6 +63,7 @@ class LazyParameters:
             with evaluating(module), raised_in("the call that gives lazy modules their shapes"):
                 call()
         finally:
+            torch.clear_autocast_cache()  # it holds copies that were made without a graph
             put_back(buffers)
             attributes.put_back()
             random.restore()
