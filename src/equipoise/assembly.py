@@ -68,6 +68,7 @@ class Assembly:
         losses: Any,
         clip_norm: float | None,
         scaler: Any,
+        missing: str,
         on_nonfinite: str,
         **stages: Any,
     ) -> None:
@@ -85,7 +86,7 @@ class Assembly:
             network: Network = self._network  # which keeps what it knows
         else:
             network = network_of(self.model, losses, self.optimizer, self._shared, found.needs)
-        refuse_senseless(found, network, self.optimizer, clip_norm)
+        refuse_senseless(found, network, self.optimizer, clip_norm, missing)
         refuse_scaler(found, scaler)
         scaling = Scaling(scaler, on_nonfinite)
         if "_scaling" in now:
@@ -96,12 +97,12 @@ class Assembly:
         found.agree(self._ranks)
         answers = {
             "losses": network.losses, "clip_norm": clip_norm, "scaler": scaler,
-            "on_nonfinite": on_nonfinite, **stages,
+            "missing": missing, "on_nonfinite": on_nonfinite, **stages,
         }  # fmt: skip
         now.update(answers, _answers=answers, level=found.level, tasks=network.tasks)
         now.update(_stages=found, _network=network, _shared=network.shared)
         now.update(_learner=learner, _scaling=scaling)
-        network.needs = found.needs
+        network.needs, network.missing = found.needs, missing
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Another answer to one of the questions is checked as when the Step was built."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
+from typing import Any
 
 
 class EquipoiseError(Exception):
@@ -48,6 +51,37 @@ NOT_FINITE = (
     "gradient is not finite. Lower the learning rate, look for a division or a logarithm at 0, "
     "or leave this batch out."
 )
+
+
+class raised_in:  # noqa: N801
+    """A context: an error of the user's code in the body says where it was raised.
+
+    It keeps its type and traceback. If a context inside has said where, nothing is added.
+
+    Args:
+        place: "the head of task 'a'".
+    """
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, EquipoiseError):
+            return
+        if hasattr(error, "_place"):
+            return
+        with suppress(AttributeError):  # a type with slots
+            setattr(error, "_place", self.place)  # noqa: B010
+        note = f"This was raised in {self.place}."
+        if sys.version_info >= (3, 11):
+            error.add_note(note)
+        elif error.args and isinstance(error.args[0], str):
+            error.args = (f"{error.args[0]} {note}", *error.args[1:])
 
 
 class MissingExtraError(EquipoiseError, ImportError):

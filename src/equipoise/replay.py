@@ -1,50 +1,22 @@
 """A second look at the same batch: same dropout masks, buffers untouched.
 
 Two things change when a module is merely evaluated: the random generators that its dropout draws
-from, and the buffers in which its normalisation layers keep running statistics. What follows
+from, and what it keeps from batch to batch, as the buffers of normalisation layers. What follows
 records both, repeats the former and protects the latter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-
-class RandomState:
-    """The state of torch's global generators: the CPU's, and those of the named devices.
-
-    Args:
-        devices: devices a model runs on; CPU needs no mention, repeated ones count once.
-    """
-
-    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        self.cpu = torch.get_rng_state()
-        self.devices = {
-            device: torch.get_device_module(device).get_rng_state(device)
-            for device in set(devices)
-            if device.type not in ("cpu", "meta")
-        }
-
-    def restore(self) -> None:
-        """Set the generators back to the recorded state."""
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Device name -> state."""
-        return {"cpu": self.cpu, **{str(d): state for d, state in self.devices.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, for the devices that exist here."""
-        self.cpu = state["cpu"].cpu()
-        self.devices = {d: state.get(str(d), own).cpu() for d, own in self.devices.items()}
+from equipoise.draws import RandomState
+from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back
 
 
 @contextmanager
@@ -63,11 +35,14 @@ class Replay:
     """Calls again, on the same batch, what was called before, with the same random draws.
 
     Record every stochastic part under a key of its own (the trunk, each head): the parts may then
-    be replayed alone and in any order, and each sees the masks of its first call.
+    be replayed alone and in any order, and each sees the masks of its first call. Repeated are the
+    draws from the global generators of torch, Python's `random` and numpy.
 
     Args:
-        model: the module whose parts are replayed. The buffers of a part do not move during its
-            replay, which starts from the values that they had when it was recorded.
+        model: the module whose parts are replayed. What a part keeps from batch to batch, buffers
+            and tensors in plain attributes, does not move during its replay, which starts from the
+            values that there were when it was recorded.
+        start: what the model held before its first call; None: what it holds now.
 
     Example:
         >>> replay = Replay(model)
@@ -77,8 +52,10 @@ class Replay:
         ...     same_features = model.trunk(inputs)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, start: Attributes | None = None) -> None:
         self.model = model
+        self._start = Attributes(model) if start is None else start
+        self._inside = False
         self._devices = devices_of(model)
         self._known: dict[Any, tuple[nn.Module, Buffers, RandomState]] = {}
 
@@ -91,8 +68,26 @@ class Replay:
             part: the module that is called; None: the whole model.
         """
         part = self.model if part is None else part
-        self._known[key] = part, copy_of_buffers(part), RandomState(self._devices)
+        state = RandomState(self._devices)
+        self._known[key] = part, copy_of_buffers(part), state
         yield
+        state.forget_unused()
+
+    @contextmanager
+    def looking(self) -> Generator[None]:
+        """A further look, of one or several parts: afterwards plain attributes are as before it.
+
+        What one part leaves in an attribute is there for the next part.
+        """
+        self._start.found(final=False)
+        now = Attributes(self.model) if self._start else None
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            if now is not None:
+                now.put_back()
 
     @contextmanager
     def again(self, key: Any) -> Generator[None]:
@@ -104,18 +99,36 @@ class Replay:
         if key not in self._known:
             raise KeyError(f"nothing was recorded under {key!r}; call recording({key!r}) first.")
         part, buffers, state = self._known[key]
-        with replayed(part, state):
-            put_back(buffers)
-            yield
+        with nullcontext() if self._inside else self.looking():
+            before, after = copy_of_buffers(part), state.now(self._devices)
+            state.restore()
+            try:
+                put_back(buffers)
+                self._start.put_back(part)
+                yield
+            finally:
+                put_back(before)
+                after.restore()
+
+
+class Beginning(RandomState):
+    """The random state and the buffers with which a step begins; made by `unchanged_on_error`."""
+
+    buffers: Buffers = []  # noqa: RUF012
 
 
 @contextmanager
 def replayed(model: nn.Module, state: RandomState) -> Generator[None]:
-    """The body draws from `state` on; afterwards generators and buffers are as before it."""
-    after = RandomState({*devices_of(model), *state.devices})
+    """The body draws from `state` on, and begins with its buffers if it has some.
+
+    Afterwards generators and buffers are as before it.
+    """
+    after = state.now(devices_of(model))
     state.restore()
     try:
         with frozen_buffers(model):
+            if isinstance(state, Beginning):
+                put_back(state.buffers)
             yield
     finally:
         after.restore()
@@ -127,13 +140,15 @@ def frozen_buffers(module: nn.Module) -> Generator[None]:
 
     BatchNorm layers go on normalising by the batch. Every buffer (running statistics and their
     counters, spectral norm vectors, moving averages) has its old value, bit for bit, afterwards,
-    also when the body raises. Re-entrant.
+    also when the body raises, and so have tensors that a layer keeps in plain attributes, as some
+    recurrent networks keep their state. Re-entrant.
     """
-    before = copy_of_buffers(module)
+    before, attributes = copy_of_buffers(module), Attributes(module)
     try:
         yield
     finally:
         put_back(before)
+        attributes.put_back()
 
 
 @runtime_checkable
@@ -151,15 +166,17 @@ def unchanged_on_error(
     devices: Iterable[torch.device],
     stages: Iterable[Any] = (),
     by_themselves: Iterable[UndoesItself] = (),
-) -> Generator[RandomState]:
+) -> Generator[Beginning]:
     """Whatever the body raises, an interrupt too, leaves no trace.
 
-    The model's buffers, the state of the stages (by `state_dict` and `load_state_dict`), of what
-    goes back by itself, and the global random generators, the CPU's and those of `devices`, are
-    then as they were before. Gives the random state at the beginning.
+    The model's buffers and what it holds in plain attributes, the state of the stages (by
+    `state_dict` and `load_state_dict`), of what goes back by itself, and the global random
+    generators, those of `devices` too, are then as they were before. Gives the random state and the
+    buffers at the beginning.
     """
-    random = RandomState(devices)
-    buffers = copy_of_buffers(model)
+    random = Beginning(devices)
+    random.buffers = buffers = copy_of_buffers(model)
+    attributes = Attributes(model)
     states = [(stage, _copy(stage.state_dict())) for stage in stages]
     try:
         with ExitStack() as guards:
@@ -168,6 +185,7 @@ def unchanged_on_error(
             yield random
     except BaseException:
         put_back(buffers)
+        attributes.put_back()
         for stage, state in states:
             stage.load_state_dict(state)
         random.restore()
@@ -176,26 +194,6 @@ def unchanged_on_error(
 
 def _copy(state: Any) -> Any:
     return deepcopy(state) if state else state
-
-
-Buffers = list[tuple[nn.Module, str, Tensor, Tensor]]
-
-
-def copy_of_buffers(module: nn.Module) -> Buffers:
-    """Every buffer with a copy of its value: (owner, name, buffer, value)."""
-    return [
-        (owner, name, buffer, buffer.clone())
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-    ]
-
-
-def put_back(saved: Buffers) -> None:
-    """Give each owner its buffer back, with the value that it had."""
-    for owner, name, buffer, value in saved:
-        # Through .data: a graph that holds the buffer must still be able to go backward.
-        buffer.data.copy_(value)
-        setattr(owner, name, buffer)
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:

@@ -68,6 +68,8 @@ class Step(Assembly):
             scale falls, and nothing else changes. None: no scale.
         on_nonfinite: a loss or a gradient that is not finite "raise"s a NonFiniteError that names
             the task, or the step is left out ("skip"), which `StepReport.skipped` counts.
+        missing: "sample": a target that is NaN in part, as a depth map with holes, is refused.
+            "loss": the loss function sees the NaN. A target that is wholly NaN never counts.
 
     Raises:
         TaskError: `losses` misses a task, or names one that the model does not have.
@@ -109,12 +111,13 @@ class Step(Assembly):
         heads: str = "own",
         clip_norm: float | None = None,
         scaler: Scaler | None = None,
+        missing: str = "sample",
         on_nonfinite: str = "raise",
     ) -> None:
         super().__init__(
             model, optimizer, shared, losses=losses, weighting=weighting, aggregator=aggregator,
             sharpness=sharpness, line_search=line_search, level=level, heads=heads,
-            clip_norm=clip_norm, scaler=scaler, on_nonfinite=on_nonfinite,
+            clip_norm=clip_norm, scaler=scaler, missing=missing, on_nonfinite=on_nonfinite,
         )  # fmt: skip
 
     def __call__(
@@ -131,8 +134,8 @@ class Step(Assembly):
                 or micro-batches hold unequal parts. It must give the same losses when it is called
                 again: draws from torch's generators are repeated.
             targets: task name -> target. A task may be absent, here or from what the closure
-                returns: its own parameters are then left alone. Samples with a NaN in their target
-                do not count for that task.
+                returns: its own parameters are then left alone. Samples whose target is NaN do not
+                count for that task.
             masks: task name -> bool (B,), False for samples that do not count for that task.
 
         Raises:
@@ -192,7 +195,7 @@ class Step(Assembly):
         it is looked at again.
         """
         refuse_collecting(self._stages)
-        replay = Replay(self.model)
+        replay = Replay(self._network.whole)
         with self._undone_on_error() as before, replay.recording(None):
             look = self._evaluate((inputs, targets, masks), before)
             if not before.names:

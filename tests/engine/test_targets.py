@@ -1,5 +1,7 @@
 """Missing labels: absent tasks, NaN targets, masks."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,8 +54,13 @@ def test_present_names_and_shares() -> None:
         (torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, True, False]), [0, 1]),
         (torch.tensor([torch.nan, 1.0, 2.0]), torch.tensor([True, True, False]), [1]),
         (torch.tensor([0, 1, 2]), torch.tensor([False, True, True]), [1, 2]),
-        # One NaN among a sample's numbers rules the sample out.
-        (torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1.0, 1.0]]), None, [0, 2]),
+        (torch.tensor([[0.0, 1.0], [torch.nan, torch.nan], [1.0, 1.0]]), None, [0, 2]),
+        # What is NaN in part does not matter where the mask rules it out.
+        (
+            torch.tensor([[0.0, 1.0], [0.0, torch.nan], [1.0, 1.0]]),
+            torch.tensor([True, False, True]),
+            [0, 2],
+        ),
         (torch.tensor([0.0, 1.0, torch.inf]), None, [0, 1, 2]),
         (torch.tensor([0.0, 1.0, 2.0]), torch.tensor([True, True, True]), [0, 1, 2]),
     ],
@@ -82,8 +89,11 @@ def test_nothing_there(targets: dict) -> None:
             labels(targets)
 
 
-def test_a_batch_of_no_samples_has_no_labels() -> None:
-    assert labels({"a": torch.zeros(0, 1), "b": torch.zeros(0, dtype=torch.long)}).names == []
+def test_a_batch_of_no_samples_is_refused() -> None:
+    with pytest.raises(eq.EquipoiseError, match="the batch is empty"):
+        labels({"a": torch.zeros(0, 1), "b": torch.zeros(0, dtype=torch.long)})
+    # One task alone may have no sample here.
+    assert labels({"a": torch.zeros(0, 1), "b": torch.zeros(2)}).names == ["b"]
 
 
 # ------------------------------------------------------------------------------------ errors
@@ -279,3 +289,168 @@ def test_weightings_with_a_task_now_and_then(weighting: type) -> None:
         if isinstance(step.weighting, eq.RLW | eq.DWA | eq.IGBv1):
             assert report.weights.sum().item() == pytest.approx(len(given))
     assert all(p.isfinite().all() for p in step.model.parameters())
+
+
+# --------------------------------------------------------------------------- holes in a target
+
+
+def depth_step(missing: str, loss: Any, recipe: str = "cagrad") -> eq.Step:
+    torch.manual_seed(0)
+    model = eq.SharedTrunk(
+        nn.Conv2d(3, 8, 3, padding=1), {"depth": nn.Conv2d(8, 1, 1), "seg": nn.Conv2d(8, 4, 1)}
+    )
+    step = eq.Recipe.parse(recipe).build(model, {"depth": loss, "seg": F.cross_entropy}, 0.1, 9)
+    step.missing = missing
+    return step
+
+
+def images() -> tuple[Tensor, dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    depth = torch.rand(4, 1, 8, 8, generator=g)
+    depth[:, :, 0, 0] = torch.nan  # one hole of the sensor in each image
+    labels = torch.randint(4, (4, 8, 8), generator=g)
+    return torch.randn(4, 3, 8, 8, generator=g), {"depth": depth, "seg": labels}
+
+
+def l1(output: Tensor, target: Tensor) -> Tensor:
+    known = ~target.isnan()
+    return (output[known] - target[known]).abs().mean()
+
+
+def test_a_target_with_holes_is_refused() -> None:
+    step, (x, y) = depth_step("sample", l1), images()
+    before = snapshot(step)
+    words = "task 'depth': target is NaN in part for 4 of 4 samples. Say missing='loss'"
+    with pytest.raises(eq.TaskError, match=words):
+        step(x, y)
+    y["depth"][1:] = 0.5
+    with pytest.raises(eq.TaskError, match="for 1 of 4 samples"):
+        step(x, y)
+    assert differences(before, snapshot(step)) == []
+    report = step(x, y, {"depth": torch.tensor([False, True, True, True])})
+    assert report.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["cagrad", "f-cagrad", "bls"])
+def test_the_loss_sees_the_holes(recipe: str) -> None:
+    step, (x, y) = depth_step("loss", l1, recipe), images()
+    before = parameters_of(step.model.heads["depth"])
+    with torch.no_grad():
+        expected = l1(step.model(x)["depth"], y["depth"])
+    assert step(x, y).losses[0] == pytest.approx(expected.item(), rel=1e-6)
+    assert differences(before, parameters_of(step.model.heads["depth"])) != []
+
+
+def test_a_sample_without_any_depth_is_left_out_all_the_same() -> None:
+    seen: list[Tensor] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(target)
+        return l1(output, target)
+
+    x, y = images()
+    y["depth"][2] = torch.nan
+    depth_step("loss", loss)(x, y)
+    assert torch.equal(seen[0].isnan(), y["depth"][[0, 1, 3]].isnan())
+
+
+@pytest.mark.parametrize("value", ["Loss", None])
+def test_missing_has_two_values(value: Any) -> None:
+    model = linear_model()
+    losses = dict.fromkeys(model.tasks, F.mse_loss)
+    with pytest.raises(ValueError, match="known are 'sample' and 'loss'"):
+        eq.Step(model, losses, sgd(model), missing=value)
+
+
+def test_missing_and_a_closure() -> None:
+    model = linear_model()
+    with pytest.raises(eq.CombinationError, match="missing='loss' and a closure"):
+        eq.Step(model, list(model.tasks), sgd(model), missing="loss")
+    step = eq.Step(model, list(model.tasks), sgd(model))
+    with pytest.raises(eq.CombinationError, match="missing='loss' and a closure"):
+        step.missing = "loss"
+    assert step.missing == "sample"
+
+
+# ------------------------------------------------------------------- outputs and nested targets
+
+
+class Several(nn.Module):
+    """Returns with its scores numbers, parameters and what is no tensor."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__()
+        self.layer, self.t = nn.Linear(16, 3), nn.Parameter(torch.ones(()))
+        self.classes = nn.Parameter(torch.ones(3))
+        self.extra = extra
+
+    def forward(self, z: Tensor) -> dict[str, Any]:
+        several = {"scores": self.layer(z), "t": self.t, "classes": self.classes, "name": "b"}
+        return {**several, "number": z.mean().detach(), "extra": self.extra}
+
+
+def loss_of_several(output: dict[str, Any], target: Any) -> Tensor:
+    return F.cross_entropy(output["scores"] * output["classes"] / output["t"], target)
+
+
+@pytest.mark.parametrize("recipe", ["cagrad", "f-cagrad", "bls", "famo"])
+def test_a_mask_and_an_output_of_several_parts(recipe: str) -> None:
+    x, y, keep = torch.randn(12, 8), torch.randint(3, (12,)), torch.arange(12) < 6
+    found = []
+    for masked in (True, False):
+        torch.manual_seed(0)
+        model = eq.SharedTrunk(nn.Linear(8, 16), {"a": Several(None), "b": Several(None)})
+        losses = dict.fromkeys("ab", loss_of_several)
+        step = eq.Recipe.parse(recipe).build(model, losses, 0.1, 9)
+        if masked:
+            step(x, {"a": y, "b": y}, {"a": keep, "b": keep})
+        else:
+            step(x[keep], {"a": y[keep], "b": y[keep]})
+        found.append(parameters_of(model))
+    assert largest_difference(*found) < 1e-6
+
+
+@pytest.mark.parametrize("extra", [torch.ones(3), [torch.ones(1, 12)], (torch.ones(0),)])
+@pytest.mark.parametrize("how", ["mask", "nan"])
+def test_an_output_without_samples_first_is_refused(extra: Any, how: str) -> None:
+    model = eq.SharedTrunk(nn.Linear(8, 16), {"a": Several(extra)})
+
+    def loss(output: dict[str, Any], target: Tensor) -> Tensor:
+        return F.mse_loss(output["scores"], target)
+
+    step = eq.Step(model, {"a": loss}, sgd(model))
+    x, y, masks = torch.randn(12, 8), torch.randn(12, 3), None
+    step(x, {"a": y})
+    if how == "mask":
+        masks = {"a": torch.arange(12) < 6}
+    else:
+        y[:6] = torch.nan
+    step.model.zero_grad()
+    before = snapshot(step)
+    words = r"task 'a': output holds a tensor of shape \(.*\), .*the 12 samples first"
+    with pytest.raises(eq.TaskError, match=words):
+        step(x, {"a": y}, masks)
+    assert differences(before, snapshot(step)) == []
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_a_mask_and_a_target_of_several_tensors(kind: str) -> None:
+    value, weight, keep = torch.randn(4, 1), torch.rand(4), torch.tensor([1, 0, 0, 1]).bool()
+    target = {"value": value, "weight": weight} if kind == "dict" else (value, weight)
+    found = labels({"a": target}, {"a": keep})
+    output, chosen = found.pair("a", torch.arange(4))
+    assert output.tolist() == [0, 3]
+    first, second = chosen.values() if kind == "dict" else chosen
+    assert torch.equal(first, value[keep])
+    assert torch.equal(second, weight[keep])
+    assert found.count("a") == 2
+    assert labels({"a": target}).count("a") == 4
+
+
+@pytest.mark.parametrize(
+    "target", [(torch.zeros(4), torch.zeros(3)), "text", [1, 2], torch.ones(())]
+)
+def test_a_mask_and_a_target_without_common_samples(target: Any) -> None:
+    with pytest.raises(eq.TaskError, match="has a mask, but its target is not a tensor"):
+        labels({"a": target}, {"a": torch.ones(4, dtype=torch.bool)})
+    assert labels({"a": target}).count("a") == 1

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from equipoise.diagnostics.relative import MeasureError
 from equipoise.engine.displaced import Displaced
-from equipoise.engine.targets import labelled
+from equipoise.engine.targets import chosen_samples, labelled, samples
 from equipoise.errors import TaskError, nearest
 from equipoise.replay import RandomState, devices_of, frozen_buffers
 from equipoise.trunk import SharedTrunk, outputs_of
@@ -37,7 +35,7 @@ class Evaluation:
         self._displaced = Displaced(self.parameters)
         self.device = next(iter((*model.parameters(), *model.buffers())), torch.empty(0)).device
         self._batches = batches
-        self._draws = Draws(devices_of(model))
+        self._draws = RandomState(devices_of(model))
 
     def means(self, functions: Mapping[str, Function]) -> Tensor:
         """What each function gives for its task, as the mean over all samples with a label.
@@ -94,18 +92,15 @@ class Evaluation:
                 if task not in targets:
                     continue
                 target = targets[task]
-                keep = labelled(task, target, None)
-                count = _count(target, keep)
+                keep = labelled(task, target, None, missing="loss")
+                count = samples(target) if keep is None else int(keep.sum())
                 if not count:
                     continue
                 if output_of is None:
                     output_of = outputs_of(self.model, inputs)
                 output = output_of(task)
                 if keep is not None:
-                    target = target[keep]
-                    output = pytree.tree_map(
-                        lambda x, keep=keep: x[keep] if isinstance(x, Tensor) else x, output
-                    )
+                    output, target = chosen_samples(task, keep, output, target)
                 yield task, output, target, count
 
     def outputs(self, tasks: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -174,7 +169,7 @@ def evaluation(model: SharedTrunk, batches: Batches) -> Generator[Evaluation]:
             "or a DataLoader."
         )
     modes = {module: module.training for module in model.modules()}
-    draws = Draws(devices_of(model))
+    draws = RandomState(devices_of(model))
     looking = Evaluation(model, batches)
     try:
         with frozen_buffers(model):
@@ -185,21 +180,6 @@ def evaluation(model: SharedTrunk, batches: Batches) -> Generator[Evaluation]:
         for module, mode in modes.items():
             module.training = mode
         draws.restore()
-
-
-class Draws:
-    """The state of all global random generators that a model or a loader may draw from."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._torch = RandomState(devices)
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        self._torch.restore()
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
 
 
 def chosen(model: SharedTrunk, tasks: Iterable[str] | None, what: str) -> tuple[str, ...]:
@@ -253,12 +233,6 @@ def at_least(number: int, least: int, what: str) -> None:
     """Refuse what is no whole number of at least `least`."""
     if not isinstance(number, int) or number < least:
         raise MeasureError(f"{what} is {number!r}; give a whole number of at least {least}.")
-
-
-def _count(target: Any, keep: Tensor | None) -> int:
-    if keep is not None:
-        return int(keep.sum())
-    return len(target) if isinstance(target, Tensor) and target.dim() else 1
 
 
 def _scalar(task: str, value: Any) -> Tensor:

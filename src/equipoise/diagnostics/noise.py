@@ -121,7 +121,7 @@ def noise_robustness(
     Args:
         model: in any mode; it is looked at in evaluation mode, and stays as it is.
         batches: pairs (inputs, targets by task name), gone through 1 + R D times; no iterator.
-            Samples with NaN in a float target are left out of their task.
+            Samples whose target is wholly NaN are left out of their task.
         measures: task name -> callable(output, target) -> mean over the samples it is given, for
             example `accuracy`; tasks may be left out.
         radii: R radii from 0 up, ascending.

@@ -62,7 +62,7 @@ def sharpness_curve(
     Args:
         model: in any mode; it is looked at in evaluation mode, and stays as it is.
         batches: pairs (inputs, targets by task name), gone through 1 + T (1 + R) times; no
-            iterator. Samples with NaN in a float target are left out of their task.
+            iterator. Samples whose target is wholly NaN are left out of their task.
         losses: task name -> callable(output, target) -> mean loss over the samples it is given;
             tasks may be left out.
         radii: R radii from 0 up, ascending; they take the place of the perturbation's `rho`, and

@@ -90,7 +90,7 @@ def loss_surface(
     Args:
         model: in any mode; it is looked at in evaluation mode, and stays as it is.
         batches: pairs (inputs, targets by task name), gone through points^2 times; no iterator.
-            Samples with NaN in a float target are left out of their task.
+            Samples whose target is wholly NaN are left out of their task.
         losses: task name -> callable(output, target) -> mean loss over the samples it is given;
             tasks may be left out.
         span: the largest coordinate; 1 moves every filter by its own length.

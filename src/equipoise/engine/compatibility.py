@@ -57,6 +57,7 @@ def refuse_senseless(
     network: Network,
     optimizer: torch.optim.Optimizer | None,
     clip_norm: float | None,
+    missing: str = "sample",
 ) -> None:
     """Check the parts of a step against each other; they are not used yet.
 
@@ -70,6 +71,13 @@ def refuse_senseless(
         raise ValueError(f"heads is {stages.heads!r}; known are 'own' and 'weighted'.")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm is {clip_norm}; it must be positive, or None.")
+    if missing not in ("sample", "loss"):
+        raise ValueError(f"missing is {missing!r}; known are 'sample' and 'loss'.")
+    if missing != "sample" and not isinstance(network.losses, Mapping):
+        raise CombinationError(
+            f"missing={missing!r} and a closure: it handles its targets itself. Leave `missing` "
+            "out."
+        )
     _refuse_senseless_level(stages, network)
     _refuse_senseless_heads(stages)
     if stages.sharpness is not None:

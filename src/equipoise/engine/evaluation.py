@@ -18,8 +18,9 @@ from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence
 from equipoise.errors import NOT_FINITE, NonFiniteError
+from equipoise.kept import Attributes, Buffers, put_back
 from equipoise.linalg import finite_norm
-from equipoise.replay import RandomState, replayed
+from equipoise.replay import RandomState, frozen_buffers, replayed
 
 Moving = Callable[[int], AbstractContextManager[Any]]
 """Position of a present task -> a context in which that task's own parameters are moved."""
@@ -38,6 +39,9 @@ class Evaluation(ABC):
         ranks: the processes that train together.
         shared: the shared parameters that are not frozen; their numbers are the P columns of rows.
         own: for each present task the parameters that follow its own loss.
+        whole: the network, together with losses that are modules and may keep something in them.
+        start: what it held in plain attributes before the first look.
+        held: the buffers of those losses before the first look.
         losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
             called.
         scale: what losses are multiplied by on their way back, so that half-precision gradients do
@@ -56,6 +60,9 @@ class Evaluation(ABC):
 
     shared: list[Tensor]
     own: list[list[Tensor]]
+    whole: nn.Module
+    start: Attributes
+    held: Buffers
     losses: Tensor
     passes: Passes
     findings: Findings
@@ -190,9 +197,19 @@ class Evaluation(ABC):
         """Raise NonFiniteError if a loss is NaN or infinite."""
         for task, loss in zip(self.presence.names, self.losses.tolist(), strict=True):
             if not math.isfinite(loss):
-                raise NonFiniteError(
-                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
-                )
+                cause = self.cause(task) if math.isnan(loss) else None
+                advice = "Lower the learning rate, or leave this batch out."
+                said = f"loss is {loss}. {advice}" if cause is None else f"loss is {loss}: {cause}"
+                raise NonFiniteError(task, said)
+
+    def cause(self, task: str) -> str | None:
+        """Why the loss of a task may be NaN, with what to do; None if nothing is known."""
+        return None
+
+    def begin_again(self) -> None:
+        """Let the network hold what it held before the first look, but for its own buffers."""
+        put_back(self.held)
+        self.start.put_back()
 
     def losses_now(self, before: RandomState) -> Tensor:
         """(T,) losses of the batch with the parameters as they are by now, NaN where absent.
@@ -204,7 +221,8 @@ class Evaluation(ABC):
             All NaN if one is not finite: the next step will say so.
         """
         # Compiled parts run the code of the first look, which was made with gradients.
-        with torch.set_grad_enabled(self.findings.compiled), replayed(self.module, before):
+        grad = torch.set_grad_enabled(self.findings.compiled)
+        with grad, replayed(self.module, before), frozen_buffers(self.whole):
             try:
                 losses = self.repeated().look().losses
             except NonFiniteError:
@@ -245,18 +263,22 @@ class Network(ABC):
     Attributes:
         tasks: the T task names.
         module: the network; parameters of losses are not in it.
+        whole: the same, together with losses that are modules and may keep something in them.
         losses: what the user gave: a loss for each task, or the names of the tasks.
         shared: the parameters that the user said are shared; None: the user did not say.
         has_features: whether gradients of the features can be taken (`TrunkEvaluation`).
         shares_nothing: whether it is one network for each task, so that nothing is shared.
         needs: what the stages want of it.
+        missing: what becomes of a target that is NaN in part, as of Step.
     """
 
     tasks: tuple[str, ...]
     module: nn.Module
+    whole: nn.Module
     losses: Any
     shared: list[Tensor] | None
     needs: Needs
+    missing: str = "sample"
     has_features: bool = False
     shares_nothing: bool = False
 

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from equipoise.engine.evaluation import Evaluation, Moving, Network
 from equipoise.engine.gradients import Gradients
+from equipoise.engine.lazy import LazyParameters
 from equipoise.engine.partition import Partition
 from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence, check_loss
-from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, nearest
-from equipoise.replay import Replay
+from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, nearest, raised_in
+from equipoise.kept import Buffers, Search
+from equipoise.replay import Replay, frozen_buffers
 
 Closure = Callable[[], Mapping[str, Any]]
 
@@ -31,20 +33,26 @@ class GraphNetwork(Network):
         module: the network.
         partition: which of its parameters are shared.
         needs: what the stages want of it.
+        whole: as `kept.whole_of` gives it; None: the network.
+
+    Attributes:
+        held: as of Evaluation.
+        search: for attributes that move.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        partition: Partition,
-        needs: Needs,
+        self, module: nn.Module, partition: Partition, needs: Needs, whole: nn.Module | None = None
     ) -> None:
         self.module = module
+        self.whole = module if whole is None else whole
+        self.held: Buffers = []
+        self.lazy = LazyParameters(module)
         self.partition = partition
         self.tasks = self.losses = partition.tasks
         self.shared = partition.given
         self.needs = needs
         self.findings = Findings()
+        self.search = Search(self.whole, self.tasks)
 
     def evaluate(
         self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
@@ -63,6 +71,7 @@ class GraphNetwork(Network):
                 "that returns task name -> loss; for step(inputs, targets) give it a SharedTrunk "
                 "and a dict of losses."
             )
+        self.lazy.make(closure, ranks)
         return GraphEvaluation(self, closure, ranks, left_out, again)
 
     def parameters(self) -> Iterable[Tensor]:
@@ -74,7 +83,8 @@ class GraphNetwork(Network):
         """If the body raises, what was found in it is forgotten."""
         found, findings = self.partition.found(), self.findings
         try:
-            yield
+            with self.lazy.unchanged_on_error():
+                yield
         except BaseException:
             self.partition.put_back(found)
             self.findings = findings
@@ -98,6 +108,7 @@ class GraphEvaluation(Evaluation):
         ranks: the processes that train together.
         left_out: positions of tasks whose losses do not count.
         again: whether there will be further calls, for which draws and buffers are recorded.
+        cause: task name -> why its loss may be NaN; None: nothing is known.
     """
 
     def __init__(
@@ -107,20 +118,26 @@ class GraphEvaluation(Evaluation):
         ranks: Ranks,
         left_out: frozenset[int],
         again: bool,
+        cause: Callable[[str], str | None] | None = None,
     ) -> None:
         self.network = network
+        self._cause = cause
         self.closure = closure
         self.ranks = ranks
         self.left_out = {network.tasks[i] for i in left_out}
         self.findings = known = network.findings
         first = not known.tasks | self.left_out >= set(network.tasks)
-        self.replay = Replay(network.module) if again or known.compiled or first else None
+        self.whole, self.held = network.whole, network.held
+        self.start = network.search.begin()
+        again = again or known.compiled or first
+        self.replay = Replay(self.whole, self.start) if again else None
         with ranks.agreeing(), ExitStack() as recording:
             if self.replay is not None:
                 recording.enter_context(self.replay.recording(None))
             cuts = recording.enter_context(noting_cuts(first))
             found = self._call()
         self.suspect = network.module if cuts else None
+        network.search.end(self.start, found)
         counts = [found[task][1] if task in found else 0.0 for task in network.tasks]
         self.presence = Presence(network.tasks, counts, ranks)
         self._found = found
@@ -141,7 +158,8 @@ class GraphEvaluation(Evaluation):
 
     def _call(self) -> dict[str, tuple[Tensor, float]]:
         """Task name -> loss and number of samples, checked."""
-        with torch.enable_grad():  # networks that differentiate by their inputs need it always
+        # Networks that differentiate by their inputs need gradients always.
+        with torch.enable_grad(), raised_in("the closure"):
             given = self.closure()
         if not isinstance(given, Mapping):
             raise EquipoiseError(
@@ -206,10 +224,22 @@ class GraphEvaluation(Evaluation):
 
     def repeated(self) -> GraphEvaluation:
         """Call the closure once more, as for a new batch."""
-        out = frozenset(self.network.tasks.index(task) for task in self.left_out)
-        again = GraphEvaluation(self.network, self.closure, self.ranks, out, again=False)
+        network = self.network
+        out = frozenset(network.tasks.index(task) for task in self.left_out)
+        with frozen_buffers(self.whole):
+            self.begin_again()
+            again = GraphEvaluation(network, self.closure, self.ranks, out, False, self._cause)
         again.presence, again.scale = again.presence.part_of(self.presence), self.scale
         return again
+
+    def cause(self, task: str) -> str | None:
+        """What the labels say, where there are any; else what a closure may be wrong in."""
+        if self._cause is not None:
+            return self._cause(task)
+        return (
+            "leave the task out of what the closure returns where the batch or its labels are "
+            "empty; else lower the learning rate, or leave this batch out."
+        )
 
     # ------------------------------------------------------------------ backward
 

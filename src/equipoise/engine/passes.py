@@ -25,7 +25,7 @@ from equipoise.engine.graphs import (
 )
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
-from equipoise.replay import Buffers, copy_of_buffers, put_back
+from equipoise.kept import Buffers, copy_of_buffers, copy_of_own, differs, put_back
 
 
 @dataclass
@@ -84,7 +84,9 @@ def findings_of(
             if any(p.requires_grad and p not in reached for p in suspect.parameters()):
                 raise EquipoiseError(REENTRANT)
     here = [is_compiled(below_features), is_compiled(above)]
-    in_trunk, elsewhere = (ranks.sum(torch.tensor(here, dtype=torch.float64, device="cpu")) > 0).tolist()
+    in_trunk, elsewhere = (
+        ranks.sum(torch.tensor(here, dtype=torch.float64, device="cpu")) > 0
+    ).tolist()
     return Findings(frozenset(tasks), in_trunk or elsewhere, in_trunk)
 
 
@@ -146,26 +148,19 @@ class Passes:
             if now is not buffer or _version(buffer) != version:
                 signed.add(owner)
             # BatchNorm writes its statistics without a sign; looking costs a wait for the device.
-            elif (self._first or owner in self._findings.silent) and not _equal(buffer, value):
+            elif (self._first or owner in self._findings.silent) and differs(buffer, value):
                 changed.add(owner)
         self._findings.silent |= changed - signed
         for owner in (signed | changed) - self._moved.keys():
-            self._moved[owner] = [
-                (owner, name, buffer, buffer.clone())
-                for name, buffer in owner.named_buffers(recurse=False)
-            ]
+            self._moved[owner] = copy_of_own(owner)
         for values in self._moved.values():
             put_back(values)
         self._findings.moves_buffers |= bool(self._moved)
 
 
-def _version(buffer: Tensor) -> int:
+def _version(buffer: Tensor | None) -> int:
     """Changes when the buffer is written to; buffers of inference mode do not say."""
-    return 0 if buffer.is_inference() else buffer._version
-
-
-def _equal(buffer: Tensor, value: Tensor) -> bool:
-    return buffer.layout != torch.strided or torch.equal(buffer, value)
+    return 0 if buffer is None or buffer.is_inference() else buffer._version
 
 
 def explained(error: RuntimeError) -> EquipoiseError | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from equipoise.engine.partition import outside
 from equipoise.engine.passes import explained
@@ -112,7 +113,9 @@ def saved(
             del state[name]  # as in files that know nothing of it
     state["random"] = RandomState(devices_of(model)).state_dict()
     state["stages"] = dict(stages)
-    return deepcopy(state)
+    # What has no shape yet has no copy either.
+    shapeless = {id(v): v for v in state["model"].values() if is_lazy(v)}
+    return deepcopy(state, shapeless)
 
 
 def load(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from equipoise.engine.ranks import Ranks
@@ -80,8 +82,9 @@ class Presence:
 class Targets(Presence):
     """The targets of one batch, without the samples that have none.
 
-    A task may be absent from `targets` altogether. Within a task, samples whose target holds a
-    NaN and samples that `masks` rules out do not count.
+    A task may be absent from `targets` altogether. Within a task, samples whose target is wholly
+    NaN and samples that `masks` rules out do not count. A target may be a tensor, or nested dicts,
+    lists and tuples of tensors; these are masked, but not searched for NaN.
 
     Args:
         tasks: all task names, in order.
@@ -89,10 +92,12 @@ class Targets(Presence):
         masks: task name -> bool tensor (B,), True for samples that count; tasks may be left out.
         ranks: the processes that train together.
         left_out: positions of tasks whose labels do not count.
+        missing: "sample": a target that is NaN in part is refused; "loss": the loss sees it.
 
     Raises:
-        EquipoiseError: `targets` is empty.
-        TaskError: an unknown name in `targets` or `masks`, or a mask of the wrong kind or shape.
+        EquipoiseError: `targets` is empty, or the batch is.
+        TaskError: an unknown name in `targets` or `masks`, a mask of the wrong kind or shape, or a
+            target that is NaN in part.
     """
 
     def __init__(
@@ -102,10 +107,17 @@ class Targets(Presence):
         masks: Mapping[str, Tensor] | None,
         ranks: Ranks,
         left_out: Iterable[int] = (),
+        missing: str = "sample",
     ) -> None:
         self._left_out = {tasks[i] for i in left_out}
+        self._missing = missing
         with ranks.agreeing():
             self._take(tuple(tasks), targets, {} if masks is None else masks)
+            if ranks.alone and not any(samples(target) for target in targets.values()):
+                raise EquipoiseError(
+                    "the batch is empty: no target has a sample. Leave it out, for example by "
+                    "drop_last=True in the DataLoader."
+                )
         super().__init__(tasks, [self.count(task) for task in tasks], ranks)
 
     def _take(
@@ -120,25 +132,95 @@ class Targets(Presence):
         if not targets:
             raise EquipoiseError("targets is empty; give at least one task's target.")
         self._targets = targets
-        self._keep = {task: labelled(task, targets[task], masks.get(task)) for task in targets}
+        self._keep = {
+            task: labelled(task, targets[task], masks.get(task), self._missing) for task in targets
+        }
 
     def count(self, task: str) -> float:
         """How many labelled samples of a task this process holds."""
         if task not in self._targets or task in self._left_out:
             return 0.0
         keep = self._keep[task]
-        if keep is not None:
-            return float(keep.sum())
-        target = self._targets[task]
-        return float(len(target)) if isinstance(target, Tensor) and target.dim() else 1.0
+        return float(samples(self._targets[task]) if keep is None else keep.sum())
 
     def pair(self, task: str, output: Any) -> tuple[Any, Any]:
-        """The output and the target of a task, for the samples that count."""
-        keep = self._keep[task]
-        if keep is None:
-            return output, self._targets[task]
-        chosen = pytree.tree_map(lambda x: x[keep] if isinstance(x, Tensor) else x, output)
-        return chosen, self._targets[task][keep]
+        """The output and the target of a task, for the samples that count.
+
+        Raises:
+            TaskError: the output holds a tensor that has not the samples first.
+        """
+        keep, target = self._keep[task], self._targets[task]
+        return (output, target) if keep is None else chosen_samples(task, keep, output, target)
+
+    def cause(self, task: str, function: Any) -> str | None:
+        """Why the loss of a task may be NaN, if its labels say so."""
+        if not self.here(task) or not isinstance(self._targets[task], Tensor):
+            return None
+        keep, target = self._keep[task], self._targets[task]
+        labels = (target if keep is None else target[keep]).reshape(-1)
+        advice = "leave the task out of targets for this batch."
+        if labels.is_floating_point():
+            holes = bool(labels.isnan().any())
+            known = "its target holds NaN, which the loss function does not leave out. Mask these"
+            return f"{known} samples, or leave NaN out in the function." if holes else None
+        ignored = _ignored(function)
+        for value in (-100, 255) if ignored is None else (ignored,):
+            if len(labels) and bool((labels == value).all()):
+                if ignored is None:
+                    return f"its labels are all {value}; if the loss ignores these: {advice}"
+                return f"its labels are all {value}, which the loss ignores; {advice}"
+        return None
+
+
+def _ignored(function: Any) -> int | None:
+    """The label that a loss ignores."""
+    if isinstance(function, partial):
+        known = function.keywords.get("ignore_index")
+        return _ignored(function.func) if known is None else known
+    if function in (F.cross_entropy, F.nll_loss):
+        return -100
+    known = getattr(function, "ignore_index", None)
+    return known if isinstance(known, int) else None
+
+
+def samples(target: Any) -> int:
+    """B, the first dimension of all tensors of a target; 1 where they have none in common."""
+    if isinstance(target, Tensor):
+        return len(target) if target.dim() else 1
+    found = {x.shape[:1] for x in pytree.tree_leaves(target) if isinstance(x, Tensor)}
+    return found.pop()[0] if len(found) == 1 and torch.Size([]) not in found else 1
+
+
+def chosen_samples(task: str, keep: Tensor, output: Any, target: Any) -> tuple[Any, Any]:
+    """The output and the target, for the samples that count.
+
+    Numbers (tensors without a dimension) and parameters remain as they are.
+
+    Args:
+        task: the task's name.
+        keep: (B,) bool.
+        output: what the head returned.
+        target: with samples first in each of its tensors.
+
+    Raises:
+        TaskError: the output holds a tensor that has not the samples first.
+    """
+
+    def choose(x: Any) -> Any:
+        if not isinstance(x, Tensor) or isinstance(x, nn.Parameter) or x.dim() == 0:
+            return x
+        if len(x) != len(keep):
+            raise TaskError(
+                task,
+                f"output holds a tensor of shape {tuple(x.shape)}, from which the samples without "
+                f"a label cannot be left out: it does not have the {len(keep)} samples first. "
+                "Return it with the samples first, or let the loss function hold it.",
+            )
+        return x[keep]
+
+    return pytree.tree_map(choose, output), pytree.tree_map(
+        lambda x: x[keep] if isinstance(x, Tensor) else x, target
+    )
 
 
 def refuse_unknown(given: Mapping[str, Any], tasks: Iterable[str]) -> None:
@@ -153,27 +235,66 @@ def refuse_unknown(given: Mapping[str, Any], tasks: Iterable[str]) -> None:
                 )
 
 
-def labelled(task: str, target: Any, mask: Tensor | None) -> Tensor | None:
-    """(B,) bool, True where a sample counts; None if all do."""
-    if not isinstance(target, Tensor) or target.dim() == 0:
-        if mask is not None:
-            raise TaskError(task, "has a mask, but its target is no tensor with samples first.")
-        return None
-    keep = None
-    if mask is not None:
-        if getattr(mask, "dtype", None) != torch.bool or mask.shape != target.shape[:1]:
-            kind = getattr(mask, "dtype", type(mask).__name__)
-            raise TaskError(
-                task,
-                f"mask is {kind} of shape {tuple(getattr(mask, 'shape', ()))}; give a bool tensor "
-                f"of shape ({len(target)},).",
-            )
-        keep = mask
-    if target.is_floating_point():
-        missing = torch.isnan(target)
-        known = ~(missing.flatten(1).any(1) if missing.dim() > 1 else missing)
+def labelled(task: str, target: Any, mask: Tensor | None, missing: str = "sample") -> Tensor | None:
+    """(B,) bool, True where a sample counts; None if all do.
+
+    Args:
+        task: the task's name.
+        target: samples first. A tensor of floats is searched for samples that are wholly NaN.
+        mask: (B,) bool, True for samples that count; None: all do.
+        missing: "sample": a sample that counts and is NaN in part is refused; "loss": it counts.
+
+    Raises:
+        TaskError: a mask of the wrong kind or shape, or a target that is NaN in part.
+    """
+    keep = None if mask is None else _checked_mask(task, target, mask)
+    known = None
+    if isinstance(target, Tensor) and target.dim() and target.is_floating_point():
+        known = _known(task, target, keep, missing)
+    if known is not None:
         keep = known if keep is None else keep & known
     return None if keep is None or bool(keep.all()) else keep
+
+
+def _checked_mask(task: str, target: Any, mask: Any) -> Tensor:
+    shapes = {x.shape[:1] for x in pytree.tree_leaves(target) if isinstance(x, Tensor)}
+    if len(shapes) != 1 or torch.Size([]) in shapes:
+        raise TaskError(
+            task,
+            "has a mask, but its target is not a tensor, or a dict or tuple of tensors, with the "
+            "same number of samples first.",
+        )
+    n = shapes.pop()[0]
+    if getattr(mask, "dtype", None) != torch.bool or mask.shape != (n,):
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        raise TaskError(
+            task,
+            f"mask is {kind} of shape {tuple(getattr(mask, 'shape', ()))}; give a bool tensor "
+            f"of shape ({n},).",
+        )
+    return mask
+
+
+def _known(task: str, target: Tensor, keep: Tensor | None, missing: str) -> Tensor | None:
+    """(B,) bool, False where a target is wholly NaN; None if there is no NaN at all."""
+    nan = torch.isnan(target)
+    if not bool(nan.any()):
+        return None
+    if nan.dim() == 1:
+        return ~nan
+    nan = nan.flatten(1)
+    known = ~nan.all(1)
+    if missing == "sample":
+        part = nan.any(1) & known
+        part = part if keep is None else part & keep
+        count = int(part.sum())
+        if count:
+            raise TaskError(
+                task,
+                f"target is NaN in part for {count} of {len(target)} samples. Say missing='loss' "
+                "if the loss function leaves NaN out by itself, or mask these samples.",
+            )
+    return known
 
 
 def check_loss(task: int | str, loss: Any) -> None:

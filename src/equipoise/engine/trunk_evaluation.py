@@ -19,7 +19,8 @@ from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Presence, Targets, check_loss
-from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError
+from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, raised_in
+from equipoise.kept import Attributes, Buffers, whole_of
 from equipoise.linalg import inner, length, on_host
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
@@ -41,6 +42,7 @@ class TrunkEvaluation(Evaluation):
         ranks: the processes that train together.
         again: whether there will be further looks, for which draws are recorded.
         findings: what is known of the network's graphs; None: the first look finds it out.
+        whole: as `kept.whole_of` gives it; None: the network.
 
     Attributes:
         features: the cut between trunk and heads; once `look` was called.
@@ -56,14 +58,19 @@ class TrunkEvaluation(Evaluation):
         ranks: Ranks,
         again: bool = False,
         findings: Findings | None = None,
+        whole: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.whole = model if whole is None else whole
+        self.start = Attributes(self.whole)
         self.losses_of = losses
         self.inputs = inputs
         self.ranks = ranks
         self._first = findings is None
         self.findings = Findings() if findings is None else findings
-        self.replay = Replay(model) if again or self._first else None
+        self.replay = Replay(self.whole, self.start) if again or self._first else None
+        self.repeats: TrunkEvaluation | None = None
+        self.held: Buffers = []
         self.shared = trainable(model.shared_parameters())
         self._place(presence)
         self.latent: Gradients = []
@@ -96,12 +103,14 @@ class TrunkEvaluation(Evaluation):
     def look(self, apart: bool = True) -> Evaluation:
         """Pass the trunk once and each head once; with `apart` each on features of its own."""
         if apart and self.findings.compiled_trunk and self.replay is None:
-            self.replay = Replay(self.model)
+            self.replay = Replay(self.whole, self.start)
         recording = self.replay.recording if self.replay else lambda *_: nullcontext()
         names, model = self.presence.names, self.model
+        if self.repeats is not None:
+            self.repeats.begin_again()
         with self.ranks.agreeing(), noting_cuts(self._first) as cuts:
             with recording(TRUNK, model.trunk):
-                features = model.trunk(self.inputs)
+                features = self._features()
             self.features = Boundary(features, len(names), apart)
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
@@ -111,7 +120,7 @@ class TrunkEvaluation(Evaluation):
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):
-                with recording(task, model.heads[task]):
+                with recording(task, self._parts(k)):
                     self.values.append(self._loss(k, self.features.of(k)))
         if self._first:
             outputs, suspect = self.features.outputs, model if cuts else None
@@ -121,12 +130,22 @@ class TrunkEvaluation(Evaluation):
         self.refuse_infinite_losses()
         return self
 
+    def _features(self) -> Any:
+        with raised_in("the trunk"):
+            return self.model.trunk(self.inputs)
+
+    def _parts(self, k: int) -> nn.Module:
+        """What is called for a task: its head, and its loss if that may keep something."""
+        head = self.model.heads[self.presence.names[k]]
+        return head if self.whole is self.model else whole_of(head, [self.functions[k]])
+
     def _loss(self, k: int, features: Any) -> Tensor | None:
         task = self.presence.names[k]
         if not self.presence.here(task):
             return None
         try:
-            output = self.model.head(task, features)
+            with raised_in(f"the head of task {task!r}"):
+                output = self.model.head(task, features)
         except RuntimeError as error:
             if "in-place" not in str(error):
                 raise
@@ -136,7 +155,8 @@ class TrunkEvaluation(Evaluation):
                 "layer inplace=False.",
             ) from error
         output, target = self.targets.pair(task, output)
-        loss = self.functions[k](output, target)
+        with raised_in(f"the loss of task {task!r}"):
+            loss = self.functions[k](output, target)
         check_loss(task, loss)
         trained = self.features.inputs or self.own[k]
         if trained and torch.is_grad_enabled() and not loss.requires_grad:
@@ -146,10 +166,15 @@ class TrunkEvaluation(Evaluation):
     def repeated(self) -> TrunkEvaluation:
         """The same batch once more, as if it were new."""
         again = TrunkEvaluation(
-            self.model, self.losses_of, self.inputs, self.targets, self.ranks, False, self.findings
-        )
-        again.scale = self.scale
+            self.model, self.losses_of, self.inputs, self.targets, self.ranks, False,
+            self.findings, self.whole,
+        )  # fmt: skip
+        again.repeats, again.scale = self, self.scale
         return again
+
+    def cause(self, task: str) -> str | None:
+        """What the labels say."""
+        return self.targets.cause(task, self.losses_of[task])
 
     # ------------------------------------------------------------------ backward
 
@@ -269,9 +294,9 @@ class TrunkEvaluation(Evaluation):
     def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
         """Pass the trunk once, and the heads of these tasks."""
         assert self.replay is not None
-        with self.ranks.agreeing():
+        with self.ranks.agreeing(), self.replay.looking():
             with self.replay.again(TRUNK):
-                features = self.model.trunk(self.inputs)
+                features = self._features()
             return [self._loss_again(k, features) for k in tasks]
 
     def _loss_again(self, k: int, features: Any) -> Tensor | None:
@@ -301,6 +326,7 @@ class TrunkEvaluation(Evaluation):
         Args:
             latent: along what the features are moved, and how far; None: not at all.
         """
+        assert self.replay is not None
         tasks = range(len(self.own))
         recorded = self.findings.compiled  # then the code of the first look serves again
         with torch.set_grad_enabled(recorded):
@@ -309,7 +335,7 @@ class TrunkEvaluation(Evaluation):
                 values = self.losses_again(tasks)
             else:
                 features = self.features.moved(*latent, recorded)
-                with self.ranks.agreeing():
+                with self.ranks.agreeing(), self.replay.looking():
                     values = [self._loss_again(k, features) for k in tasks]
             torch.clear_autocast_cache()
         return self.joint(values)

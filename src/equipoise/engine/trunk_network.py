@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.draws import RandomState
 from equipoise.engine.compatibility import refuse_bypassed, shared_trunk
 from equipoise.engine.direction import FeatureGradients
 from equipoise.engine.evaluation import Evaluation, Network
 from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
 from equipoise.engine.graphs import reached_leaves
+from equipoise.engine.lazy import LazyParameters
 from equipoise.engine.partition import Partition, Shared
 from equipoise.engine.passes import Findings
 from equipoise.engine.ranks import Ranks
@@ -23,9 +26,13 @@ from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
 from equipoise.engine.unreached import WHY
 from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
-from equipoise.errors import CombinationError, EquipoiseError
-from equipoise.replay import RandomState, copy_of_buffers, devices_of, put_back
+from equipoise.errors import CombinationError, EquipoiseError, raised_in
+from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back, search_again, whole_of
+from equipoise.replay import devices_of
 from equipoise.trunk import SeparateTrunks, SharedTrunk, bypassed, outputs_of
+
+BUFFERS = "buffers of losses"
+"""Where they are in the state of a network, with the names of parameters; none is called so."""
 
 
 class TrunkNetwork(Network):
@@ -69,6 +76,9 @@ class TrunkNetwork(Network):
         self.findings = Findings()
         self.reaching: frozenset[str] = frozenset()
         self.warned = False
+        self.whole = whole_of(model, losses.values())
+        self.lazy = LazyParameters(model)
+        self._held: Buffers = []
         self._graph: GraphNetwork | None = None
 
     def evaluate(
@@ -86,29 +96,52 @@ class TrunkNetwork(Network):
                 "the step got no targets. A Step with a dict of losses takes step(inputs, "
                 "targets); to call step(closure), build it with the list of task names instead."
             )
-        presence = Targets(self.tasks, targets, masks, ranks, left_out)
+        presence = Targets(self.tasks, targets, masks, ranks, left_out, self.missing)
+        self.lazy.make(partial(self._all_outputs, inputs), ranks)
         if self._graph is None and bypassed(self.model):  # a hook may have come since
             refuse_bypassed(self.model, self.needs.features)
             self._graph = self._whole_graph()
         if self._graph is not None:
             return self._evaluate_graph(self._graph, inputs, presence, ranks, again)
         if all(self.checked.get(task) is self.losses[task] for task in presence.names):
-            return TrunkEvaluation(
-                self.model, self.losses, inputs, presence, ranks, again, self.findings
+            look = TrunkEvaluation(
+                self.model, self.losses, inputs, presence, ranks, again, self.findings, self.whole
             )
-        return _CheckedEvaluation(self, inputs, presence, ranks, again)
+        else:
+            search_again(self.whole)  # the head of a new task may hold what moves
+            look = _CheckedEvaluation(self, inputs, presence, ranks, again)
+        look.held = self._held
+        return look
+
+    @torch.no_grad()
+    def _all_outputs(self, inputs: Any) -> None:
+        output_of = outputs_of(self.model, inputs)
+        for task in self.tasks:
+            output_of(task)
 
     def parameters(self) -> Iterable[Tensor]:
         """Those of trunk and heads, and what else was found."""
         return self.model.parameters() if self._graph is None else self._graph.parameters()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the tasks have reached, if the whole graph is differentiated; else nothing."""
-        return {} if self._graph is None else self._graph.state_dict()
+        """What the tasks have reached, if the whole graph is differentiated; buffers of losses."""
+        buffers = {
+            f"{task}.{name}": value
+            for task, loss in self.losses.items()
+            if self.whole is not self.model and isinstance(loss, nn.Module)
+            for name, value in loss.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        }
+        found = {} if self._graph is None else self._graph.state_dict()
+        return {**found, BUFFERS: buffers} if buffers else found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
         self.checked, self.reaching, self._graph = {}, frozenset(), None
+        state = dict(state)
+        own = self.state_dict().get(BUFFERS, {})
+        for name, value in state.pop(BUFFERS, {}).items():
+            own[name].copy_(value)
         if state:
             self._graph = self._whole_graph()
             self._graph.load_state_dict(state)
@@ -118,10 +151,21 @@ class TrunkNetwork(Network):
         """If the body raises, what was found in it is forgotten."""
         graph = self._graph
         before = self.checked, self.reaching, self.findings, graph
+        attributes = None
+        if self.whole is not self.model:
+            attributes = Attributes(self.whole)
+            _, *losses = self.whole.children()
+            self._held = [held for loss in losses for held in copy_of_buffers(loss)]
         try:
-            with nullcontext() if graph is None else graph.unchanged_on_error():
+            with (
+                nullcontext() if graph is None else graph.unchanged_on_error(),
+                self.lazy.unchanged_on_error(),
+            ):
                 yield
         except BaseException:
+            if attributes is not None:
+                put_back(self._held)
+                attributes.put_back()
             self.checked, self.reaching, self.findings, self._graph = before
             raise
 
@@ -159,20 +203,29 @@ class TrunkNetwork(Network):
         shared = list(self.model.trunk.parameters())
         heads = {task: self.model.head_parameters(task) for task in self.tasks}
         partition = Partition(self.model, self.tasks, self.optimizer, shared or None, heads)
-        return GraphNetwork(self.model, partition, self.needs)
+        return GraphNetwork(self.model, partition, self.needs, self.whole)
 
     def _evaluate_graph(
         self, graph: GraphNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> GraphEvaluation:
         def losses() -> dict[str, tuple[Tensor, float]]:
-            output_of, found = outputs_of(self.model, inputs), {}
+            with raised_in("the trunk"):
+                output_of = outputs_of(self.model, inputs)
+            found = {}
             for task in targets.names:
                 if targets.here(task):
-                    output, target = targets.pair(task, output_of(task))
-                    found[task] = self.losses[task](output, target), targets.count(task)
+                    with raised_in(f"the head of task {task!r}"):
+                        output = output_of(task)
+                    output, target = targets.pair(task, output)
+                    with raised_in(f"the loss of task {task!r}"):
+                        found[task] = self.losses[task](output, target), targets.count(task)
             return found
 
-        return GraphEvaluation(graph, losses, ranks, frozenset(), again)
+        def cause(task: str) -> str | None:
+            return targets.cause(task, self.losses[task])
+
+        graph.held = self._held
+        return GraphEvaluation(graph, losses, ranks, frozenset(), again, cause)
 
 
 class _CheckedEvaluation(TrunkEvaluation):
@@ -181,13 +234,19 @@ class _CheckedEvaluation(TrunkEvaluation):
     def __init__(
         self, network: TrunkNetwork, inputs: Any, targets: Targets, ranks: Ranks, again: bool
     ) -> None:
-        super().__init__(network.model, network.losses, inputs, targets, ranks, again)
+        batch = inputs, targets, ranks
+        super().__init__(network.model, network.losses, *batch, again, None, network.whole)
         self.network, self.again = network, again
 
     def look(self, apart: bool = True) -> Evaluation:
         """Make the forward pass; once more, with the whole graph, if a loss reaches beyond."""
-        random, buffers = RandomState(devices_of(self.model)), copy_of_buffers(self.model)
-        super().look(apart)
+        random, buffers = RandomState(devices_of(self.model)), copy_of_buffers(self.whole)
+        try:
+            super().look(apart)
+        except BaseException:
+            self.start.put_back()
+            raise
+        self.start.found(final=True)
         if not torch.is_grad_enabled():
             return self
         beyond = self.network.beyond(self)
@@ -198,6 +257,7 @@ class _CheckedEvaluation(TrunkEvaluation):
             self._refuse_unreached()
             return self
         put_back(buffers)
+        self.start.put_back()
         random.restore()
         graph = self.network.by_graph(self, beyond, self.again)
         graph.be_part_of(self.presence)

@@ -14,6 +14,7 @@ from equipoise.engine.ranks import Ranks
 from equipoise.engine.targets import Targets
 from equipoise.engine.trunk_evaluation import TrunkEvaluation
 from equipoise.errors import EquipoiseError, NonFiniteError, TaskError
+from equipoise.kept import whole_of
 from equipoise.replay import devices_of, frozen_buffers, unchanged_on_error
 from equipoise.report import StepReport
 from equipoise.trunk import SharedTrunk
@@ -138,11 +139,13 @@ class LookaheadAffinity(_PairMean):
         """
         model = self._model[0]
         ranks = Ranks()
-        presence = Targets(model.tasks, targets, masks, ranks)
+        presence = Targets(model.tasks, targets, masks, ranks, missing="loss")
         found = torch.full_like(self.total, torch.nan, device="cpu")
-        with unchanged_on_error(model, devices_of(model)) as random, frozen_buffers(model):
+        whole = whole_of(model, self.losses.values())
+        with unchanged_on_error(whole, devices_of(model)) as random, frozen_buffers(whole):
             if presence.names:
-                look = TrunkEvaluation(model, self.losses, inputs, presence, ranks, again=True)
+                batch = inputs, presence, ranks
+                look = TrunkEvaluation(model, self.losses, *batch, again=True, whole=whole)
                 found[torch.outer(presence.present, presence.present)] = self._look(look).flatten()
             random.restore()
         self._add(found.to(self.total.device))

@@ -110,7 +110,7 @@ class Recorder:
 
     def _labelled(self, targets: Mapping[str, Any], masks: Mapping[str, Tensor]) -> bool:
         """Whether any sample has a label; a step does nothing where none has."""
-        keep = (labelled(task, targets[task], masks.get(task)) for task in targets)
+        keep = (labelled(task, targets[task], masks.get(task), "loss") for task in targets)
         return any(kept is None or bool(kept.any()) for kept in keep)
 
     def _scores(self, outputs: Any, targets: Any, index: Tensor, masks: Any = None) -> Tensor:

@@ -90,7 +90,7 @@ def true_class_probability(
             columns |= _together(together, outputs, targets)
         for task, mask in (masks or {}).items():
             if task in columns:
-                keep = labelled(task, targets[task], mask)
+                keep = labelled(task, targets[task], mask, missing="loss")
                 if keep is not None:
                     columns[task] = columns[task].masked_fill(~keep, math.nan)
         return _beside_each_other(columns, names)
