@@ -223,30 +223,43 @@ def losses_of(net: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
 def test_whoever_owns_the_scaler_gets_the_same_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 16, 4, generator=generator) for _ in range(6)]
-    ends, scales = [], []
-    for owned in (False, True):
+    ends, scales, skipped = [], [], []
+    for owner in ("step", "loop", "accelerate"):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)  # overflows at first
         step = eq.Step(
-            net, ["near", "far"], None if owned else optimizer, eq.SI(), eq.MGDA(), scaler=scaler
-        )
+            net, ["near", "far"], optimizer if owner == "step" else None, eq.SI(), eq.MGDA(),
+            scaler=scaler,
+        )  # fmt: skip
+        if owner == "accelerate":
+            made = pytest.importorskip("accelerate")
+            made.Accelerator(cpu=True)
+            optimizer = made.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+        overflows = 0
         for x, target in batches:
-            if not owned:
+            if owner == "step":
                 report = step(partial(losses_of, net, x, target))
                 continue
             optimizer.zero_grad()
             report = step.backward(partial(losses_of, net, x, target))
-            scaler.scale(torch.zeros(()))  # as whoever scales a loss of his own does
+            if owner == "accelerate":
+                optimizer.step()
+                overflows += optimizer.step_was_skipped
+                continue
             scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
         assert 0 < report.skipped < 6
+        assert owner != "accelerate" or overflows == report.skipped
+        skipped.append(report.skipped)
         ends.append(vector(net))
         scales.append(scaler.get_scale())
-    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
-    assert scales[0] == scales[1] < 2.0**22
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-6, atol=1e-7)
+    assert scales[0] == scales[1] == scales[2] < 2.0**22
+    assert skipped[0] == skipped[1] == skipped[2]
 
 
 def test_adapters_are_shared_and_what_is_frozen_stays() -> None:
