@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.aggregation import MGDA, Sum
-from equipoise.engine.compatibility import refuse_senseless
-from equipoise.engine.evaluation import Evaluation, Network
+from equipoise.engine.compatibility import refuse_senseless, shared_trunk
+from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.gathered import Gathered
+from equipoise.engine.graph_network import GraphNetwork
 from equipoise.engine.learner import Learner
 from equipoise.engine.micro_batches import MicroBatches
+from equipoise.engine.network import Network
+from equipoise.engine.partition import Partition, Shared
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.saving import Before, held_outside, load, saved, undone_on_error
 from equipoise.engine.scaling import Scaling, refuse_scaler
-from equipoise.engine.stages import Stages
-from equipoise.engine.trunk_network import network_of
+from equipoise.engine.stages import Needs, Stages
+from equipoise.engine.trunk_network import TrunkNetwork
+from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
 from equipoise.errors import EquipoiseError
 from equipoise.line_search.base import LatentLineSearch, LineSearch
 from equipoise.sharpness import TaskSharpness
@@ -198,3 +202,23 @@ class Assembly:
             "learner": self._learner,
             "scaling": self._scaling,
         }
+
+
+def network_of(
+    model: nn.Module,
+    losses: Mapping[str, Callable[..., Tensor]] | Iterable[str],
+    optimizer: torch.optim.Optimizer | None,
+    shared: Shared | None,
+    needs: Needs,
+) -> Network:
+    """How a step sees what it trains: as a SharedTrunk, or through a closure.
+
+    Raises:
+        CombinationError: a wrapper around the network, or an optimizer, that a step cannot serve.
+    """
+    refuse_wrappers(model)
+    if optimizer is not None:
+        refuse_optimizer(optimizer)
+    if isinstance(losses, Mapping):
+        return TrunkNetwork(shared_trunk(model, losses, shared), dict(losses), optimizer, needs)
+    return GraphNetwork(model, Partition(model, losses, optimizer, shared), needs)

@@ -74,11 +74,13 @@ class RandomState:
         if self.python is not None:
             version, numbers, gauss = self.python
             last = math.nan if gauss is None else gauss
-            found["python"] = torch.tensor([version, *numbers, last], dtype=torch.float64)
+            found["python"] = torch.tensor(
+                [version, *numbers, last], dtype=torch.float64, device="cpu"
+            )
         if self.numpy is not None and self.numpy["bit_generator"] == "MT19937":
             state, known = self.numpy["state"], (self.numpy["has_gauss"], self.numpy["gauss"])
             numbers = [*state["key"].tolist(), state["pos"], *known]
-            found["numpy"] = torch.tensor(numbers, dtype=torch.float64)
+            found["numpy"] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

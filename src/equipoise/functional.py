@@ -20,11 +20,12 @@ from equipoise.engine.direction import Combination, FeatureGradients, combine
 from equipoise.engine.factors import factors_of
 from equipoise.engine.gradients import Gradients, added, divided, scaled
 from equipoise.engine.graphs import below, is_compiled, reached_leaves, refuse_reentrant
+from equipoise.engine.losses import refuse_infinite, scalar_losses
 from equipoise.engine.passes import explained
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows
 from equipoise.engine.scaling import Scaler, Scaling, above_one, mark, scales_of
-from equipoise.engine.targets import Presence, check_loss
+from equipoise.engine.targets import Presence
 from equipoise.errors import (
     NOT_FINITE,
     CombinationError,
@@ -97,7 +98,7 @@ def backward(
         torch.Size([2])
     """
     ranks, scaling = Ranks(), Scaling(scaler, "raise")
-    names, values = _scalar_losses(losses)
+    names, values = scalar_losses(losses)
     scaling.begin(values[0].device)
     weighs = weighting_stage(EW() if weighting is None else weighting)
     _refuse_what_only_a_step_knows(weighs)
@@ -119,7 +120,7 @@ def backward(
     joint /= ranks.size
     stage = aggregator_stage(aggregator)
     try:
-        _refuse_infinite(values)
+        refuse_infinite(values)
         weighted = factors_of(weighs, joint, presence, None)
         values = [value / ranks.size for value in values]  # this process's part of the joint losses
         looking = _Graph(
@@ -287,25 +288,3 @@ def _finite(i: int, gradients: Gradients) -> Gradients:
     if finite_norm(gradients) is None:
         raise NonFiniteError(i, NOT_FINITE)
     return gradients
-
-
-def _scalar_losses(
-    losses: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
-) -> tuple[list[str], list[Tensor]]:
-    """The names and the values of the losses, checked."""
-    if isinstance(losses, Tensor) and losses.dim() != 1:
-        raise EquipoiseError(f"losses has shape {tuple(losses.shape)}; it must be (T,).")
-    named = dict(losses) if isinstance(losses, Mapping) else dict(enumerate(losses))
-    if not named:
-        raise EquipoiseError("losses is empty; give at least one.")
-    for task, loss in named.items():
-        check_loss(task, loss)
-        if not loss.requires_grad:
-            raise TaskError(task, "loss is not connected to any parameter; was it detached?")
-    return [str(task) for task in named], list(named.values())
-
-
-def _refuse_infinite(losses: Sequence[Tensor]) -> None:
-    for i, loss in enumerate(losses):
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(i, f"loss is {loss.item()}; leave this batch out.")

@@ -33,7 +33,7 @@ def copy_of_own(owner: nn.Module) -> Buffers:
 
 def differs(buffer: Tensor | None, value: Tensor | None) -> bool:
     """Whether a buffer has another value than it had when it was copied; reads from the device."""
-    if buffer is None or value is None or buffer.layout != torch.strided:
+    if buffer is None or value is None or is_lazy(buffer) or buffer.layout != torch.strided:
         return False
     return not torch.equal(_memory(buffer), value)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.engine.direction import Combination
+from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.factors import Factors
 from equipoise.engine.search_pass import Found
 from equipoise.engine.targets import Presence
@@ -105,8 +106,7 @@ class StepReport:
     @classmethod
     def of(
         cls,
-        presence: Presence,
-        losses: Tensor,
+        look: Evaluation,
         weighted: Factors,
         result: Combination,
         norm: float,
@@ -114,6 +114,7 @@ class StepReport:
         skipped: int = 0,
     ) -> StepReport:
         """From the values (T',) of the present tasks to all T."""
+        presence, losses = look.presence, look.losses
         (w, gram), (flat_w, flat_gram) = (_of_all(presence, part) for part in (result, result.flat))
         return cls(
             tasks=presence.tasks,

@@ -19,7 +19,7 @@ from equipoise.engine.gathered import Gathered, Part, refuse_collecting
 from equipoise.engine.gradients import scaled
 from equipoise.engine.latent_search_pass import LatentSearch
 from equipoise.engine.partition import Shared
-from equipoise.engine.scaling import Scaler, mark
+from equipoise.engine.scaling import Scaler
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
 from equipoise.engine.update import Held, Update, mark_used, refuse_unused
@@ -81,8 +81,8 @@ class Step(Assembly):
     (Sum, Mean); heads 1 forward and 1 backward; more where a stage says so. A closure is called
     once, T + 2 times with TaskSharpness ("joint": T + 1, "joint-mean": 3), and once more for each
     trial of Backtracking and for FAMO. Memory: T x P numbers, none for loss-only recipes.
-    Hooks on tensors run as autograd calls them, once for each task's gradient; those that wait for
-    an accumulated gradient (register_post_accumulate_grad_hook) once, with the final one.
+    A tensor hook on a parameter sees each gradient that autograd makes of it; post-accumulate hooks
+    are called once a step, with the final `.grad`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -221,9 +221,7 @@ class Step(Assembly):
             if not (isinstance(error, NonFiniteError) and self._scaling.skips):
                 raise
             self._gathered = Gathered()
-            self._scaling.skip(self.optimizer if updates else None)
-            if self._scaling.scaler is not None and not updates:
-                mark(held.parameters)
+            self._scaling.skip(self.optimizer if updates else None, held.parameters)
             return StepReport.nothing_done(self.tasks, self._scaling.skipped)
 
     def _follow(self, batch: Any, updates: bool, held: Held) -> StepReport:
@@ -265,8 +263,8 @@ class Step(Assembly):
             if norm is None or of_heads is None:
                 raise self._not_finite(look, before.random)
             self._scaling.refuse_overflow(max(norm, of_heads), look.shared)
-            parts = look, self._learner, self._scaling, held
-            update = Update(self.optimizer, self.clip_norm, *parts)
+            moving = self.optimizer, self._learner, self._scaling
+            update = Update(look, held, *moving, self.clip_norm)
             if not updates:
                 update.add(shared, heads, learned)
             elif self.line_search is None:
@@ -277,9 +275,7 @@ class Step(Assembly):
                 buffer = partial(self._buffer, look)
                 search = kind(look, stages, factors, clean, update, buffer, rows, second)
                 found, result, norm = search.along(result, shared, heads, learned)
-            skipped = self._scaling.skipped
-            seen = look.presence, look.losses, weighted, result, norm
-            report = StepReport.of(*seen, found, skipped)
+            report = StepReport.of(look, weighted, result, norm, found, self._scaling.skipped)
         if second:
             second.commit()
         if updates:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.engine.adapters import AggregatorStage
-from equipoise.engine.evaluation import Network
 from equipoise.engine.learner import held_by
+from equipoise.engine.network import Network
 from equipoise.engine.stages import Stages
 from equipoise.engine.wrappers import refuse_compiled
 from equipoise.errors import CombinationError, TaskError, nearest

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.evaluation import Evaluation, Moving, Network
+from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.lazy import LazyParameters
+from equipoise.engine.losses import losses_of_closure
 from equipoise.engine.partition import Partition
 from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Needs
-from equipoise.engine.targets import Presence, check_loss
-from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, nearest, raised_in
+from equipoise.engine.targets import Presence
+from equipoise.errors import EquipoiseError, TaskError, raised_in
 from equipoise.kept import Buffers, Search
 from equipoise.replay import Replay, frozen_buffers
 
 Closure = Callable[[], Mapping[str, Any]]
 
 
-class GraphNetwork(Network):
-    """Any module; batches are closures that return the losses by task name.
+class Graph:
+    """What is known of a network that is seen through closures.
 
     Args:
         module: the network.
@@ -54,50 +55,6 @@ class GraphNetwork(Network):
         self.findings = Findings()
         self.search = Search(self.whole, self.tasks)
 
-    def evaluate(
-        self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
-    ) -> GraphEvaluation:
-        """Call the closure.
-
-        Raises:
-            TaskError: a task that was not named when the Step was built, or a loss that is no
-                scalar.
-            EquipoiseError: not a closure, or it returned no dict of losses.
-        """
-        closure, targets, masks = batch
-        if not callable(closure) or targets is not None or masks is not None:
-            raise EquipoiseError(
-                "a Step that was built with a list of task names takes step(closure), a callable "
-                "that returns task name -> loss; for step(inputs, targets) give it a SharedTrunk "
-                "and a dict of losses."
-            )
-        self.lazy.make(closure, ranks)
-        return GraphEvaluation(self, closure, ranks, left_out, again)
-
-    def parameters(self) -> Iterable[Tensor]:
-        """All that are known."""
-        return self.partition.names
-
-    @contextmanager
-    def unchanged_on_error(self) -> Generator[None]:
-        """If the body raises, what was found in it is forgotten."""
-        found, findings = self.partition.found(), self.findings
-        try:
-            with self.lazy.unchanged_on_error():
-                yield
-        except BaseException:
-            self.partition.put_back(found)
-            self.findings = findings
-            raise
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the tasks have reached."""
-        return self.partition.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self.partition.load_state_dict(state)
-
 
 class GraphEvaluation(Evaluation):
     """The losses of one call of the closure; then backward passes, and further calls.
@@ -113,7 +70,7 @@ class GraphEvaluation(Evaluation):
 
     def __init__(
         self,
-        network: GraphNetwork,
+        network: Graph,
         closure: Closure,
         ranks: Ranks,
         left_out: frozenset[int],
@@ -161,30 +118,7 @@ class GraphEvaluation(Evaluation):
         # Networks that differentiate by their inputs need gradients always.
         with torch.enable_grad(), raised_in("the closure"):
             given = self.closure()
-        if not isinstance(given, Mapping):
-            raise EquipoiseError(
-                f"the closure returned a {type(given).__name__}; it must return a dict, task name "
-                "-> scalar loss."
-            )
-        tasks, found = self.network.tasks, {}
-        for task, loss in given.items():
-            if task not in tasks:
-                raise TaskError(
-                    str(task),
-                    "has a loss, but the Step was built with other tasks; "
-                    + nearest(str(task), tasks),
-                )
-            count = 1.0
-            if isinstance(loss, tuple) and len(loss) == 2:
-                loss, count = loss[0], float(loss[1])
-            check_loss(task, loss)
-            if not loss.requires_grad:
-                raise TaskError(task, NOT_CONNECTED)
-            if not 0 <= count < float("inf"):
-                raise TaskError(task, f"has {count} samples; give a number from 0 on.")
-            if task not in self.left_out and count > 0:
-                found[task] = loss, count
-        return found
+        return losses_of_closure(given, self.network.tasks, self.left_out)
 
     def _of_present(self, found: Mapping[str, tuple[Tensor, float]]) -> list[Tensor | None]:
         return [found[task][0] if task in found else None for task in self.presence.names]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from equipoise.engine.graphs import (
     REENTRANT,
@@ -160,7 +161,8 @@ class Passes:
 
 def _version(buffer: Tensor | None) -> int:
     """Changes when the buffer is written to; buffers of inference mode do not say."""
-    return 0 if buffer is None or buffer.is_inference() else buffer._version
+    silent = buffer is None or is_lazy(buffer) or buffer.is_inference()
+    return 0 if silent else buffer._version
 
 
 def explained(error: RuntimeError) -> EquipoiseError | None:

@@ -98,14 +98,18 @@ class Scaling:
         if norm * self.now > largest:
             raise NonFiniteError(None, f"the gradients overflow at the scale {self.now:g}.")
 
-    def skip(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def skip(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[Tensor]) -> None:
         """Count a step that was skipped; the scaler sees a gradient that is infinite, and learns.
 
         Args:
-            optimizer: None: whoever owns the scaler will see the gradient, and update it.
+            optimizer: None: the scaler's owner will see the gradient, and update the scaler.
+            parameters: those of the network.
         """
         self.skipped += 1
-        if self.scaler is None or optimizer is None:
+        if self.scaler is None:
+            return
+        if optimizer is None:
+            mark(parameters)
             return
         marked = mark(p for group in optimizer.param_groups for p in group["params"])
         self.scaler.unscale_(optimizer)

@@ -295,13 +295,3 @@ def _known(task: str, target: Tensor, keep: Tensor | None, missing: str) -> Tens
                 "if the loss function leaves NaN out by itself, or mask these samples.",
             )
     return known
-
-
-def check_loss(task: int | str, loss: Any) -> None:
-    """A loss must be a scalar tensor, or TaskError."""
-    if not isinstance(loss, Tensor):
-        raise TaskError(task, f"loss is a {type(loss).__name__}; return a scalar tensor.")
-    if loss.dim() != 0:
-        raise TaskError(
-            task, f"loss has shape {tuple(loss.shape)}; return a scalar, for example its mean."
-        )

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.draws import RandomState
-from equipoise.engine.compatibility import refuse_bypassed, shared_trunk
+from equipoise.engine.compatibility import refuse_bypassed
 from equipoise.engine.direction import FeatureGradients
-from equipoise.engine.evaluation import Evaluation, Network
-from equipoise.engine.graph_evaluation import GraphEvaluation, GraphNetwork
+from equipoise.engine.evaluation import Evaluation
+from equipoise.engine.graph_evaluation import GraphEvaluation
+from equipoise.engine.graph_network import GraphNetwork
 from equipoise.engine.graphs import reached_leaves
 from equipoise.engine.lazy import LazyParameters
-from equipoise.engine.partition import Partition, Shared
+from equipoise.engine.network import Network
+from equipoise.engine.partition import Partition
 from equipoise.engine.passes import Findings
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.stages import Needs, Stages
 from equipoise.engine.targets import Targets
-from equipoise.engine.trunk_evaluation import Losses, TrunkEvaluation
+from equipoise.engine.trunk_evaluation import TrunkEvaluation
+from equipoise.engine.trunk_looks import Losses
 from equipoise.engine.unreached import WHY
-from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
 from equipoise.errors import CombinationError, EquipoiseError, raised_in
 from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back, search_again, whole_of
 from equipoise.replay import devices_of
@@ -261,6 +263,7 @@ class _CheckedEvaluation(TrunkEvaluation):
         random.restore()
         graph = self.network.by_graph(self, beyond, self.again)
         graph.be_part_of(self.presence)
+        graph.scale = self.scale
         return graph.look(apart)
 
     def _refuse_unreached(self) -> None:
@@ -271,7 +274,9 @@ class _CheckedEvaluation(TrunkEvaluation):
         if not reached_leaves(outputs).keys() & set(self.shared):
             raise EquipoiseError(f"no parameter of the trunk is reached from its output; {WHY}")
         network, inputs = self.network, set(self.features.inputs)
-        found = [float(v is not None and bool(_leaves(v) & inputs)) for v in self.values]
+        found = [
+            float(v is not None and bool(reached_leaves([v]).keys() & inputs)) for v in self.values
+        ]
         found = self.ranks.sum(torch.tensor(found, device="cpu")).tolist()
         names = self.presence.names
         network.reaching |= {task for task, count in zip(names, found, strict=True) if count}
@@ -291,28 +296,3 @@ class _CheckedEvaluation(TrunkEvaluation):
                 f"task only; conflicts cannot be seen among them. Use {advice}.",
                 stacklevel=5,
             )
-
-
-def _leaves(loss: Tensor) -> set[Tensor]:
-    """The leaves of its graph."""
-    return set(reached_leaves([loss]))
-
-
-def network_of(
-    model: nn.Module,
-    losses: Mapping[str, Callable[..., Tensor]] | Iterable[str],
-    optimizer: torch.optim.Optimizer | None,
-    shared: Shared | None,
-    needs: Needs,
-) -> Network:
-    """How a step sees what it trains: as a SharedTrunk, or through a closure.
-
-    Raises:
-        CombinationError: a wrapper around the network, or an optimizer, that a step cannot serve.
-    """
-    refuse_wrappers(model)
-    if optimizer is not None:
-        refuse_optimizer(optimizer)
-    if isinstance(losses, Mapping):
-        return TrunkNetwork(shared_trunk(model, losses, shared), dict(losses), optimizer, needs)
-    return GraphNetwork(model, Partition(model, losses, optimizer, shared), needs)

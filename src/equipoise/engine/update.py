@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equipoise.engine.evaluation import Evaluation, Network
+from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.gradients import Gradients, added, by_parameter, clip, give, part
 from equipoise.engine.learner import Learner
+from equipoise.engine.network import Network
 from equipoise.engine.scaling import Scaling
 from equipoise.errors import CombinationError, EquipoiseError
 from equipoise.linalg import entries
@@ -78,20 +79,20 @@ class Update:
     """The parameters of a step, and what moves them.
 
     Attributes:
-        optimizer: makes the update; None: nobody here.
-        clip_norm: bound on the norm of the whole direction; None: none.
         look: whose parameters, shared and own, are updated.
+        held: what the parameters had in `.grad` before.
+        optimizer: makes the update; None: nobody here.
         learner: moves the parameters of the weighting.
         scaling: the scale of the gradients.
-        held: what the parameters had in `.grad` before.
+        clip_norm: bound on the norm of the whole direction; None: none.
     """
 
-    optimizer: torch.optim.Optimizer | None
-    clip_norm: float | None
     look: Evaluation
+    held: Held
+    optimizer: torch.optim.Optimizer | None
     learner: Learner
     scaling: Scaling
-    held: Held
+    clip_norm: float | None
 
     def give(self, shared: Gradients, own: Sequence[Gradients], learned: Gradients) -> None:
         """Put the gradients where an optimizer looks, and call the hooks that wait for them."""
