@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import equipoise as eq
 from equipoise import diagnostics, grouping, kept
-from equipoise.kept import Attributes, copy_of_buffers, put_back
+from equipoise.buffers import copy_of_buffers, put_back
+from equipoise.kept import Attributes
 
 LOSSES = {"a": F.mse_loss, "b": F.l1_loss}
 RECIPES = ("ew", "cagrad", "f-cagrad", "bls", "fbls(verify=true)", "famo")

@@ -18,9 +18,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "equipoise"
 STAGES = {"weighting", "aggregation", "sharpness", "line_search"}
 # "" is the package's own __init__
 MAY_COMBINE_STAGES = {"", "step", "assembly", "functional", "registry", "builtin"}
-STAGE_FREE = {"draws", "kept", "replay"}
+STAGE_FREE = {"buffers", "draws", "kept", "replay"}
 CONTRACTS = {"aggregation.base", "weighting.base", "line_search.base", "sharpness"}
-MAY_MOVE = {"engine.displaced", "kept"}
+MAY_MOVE = {"engine.displaced", "buffers"}
 CORE_IMPORTS = {"torch", "numpy", "scipy", "equipoise"}
 # The modules of the core that may look for something else, and then inside a function only.
 LAZY_IMPORTS = {

@@ -1,4 +1,4 @@
-"""What modules keep from batch to batch: buffers, and tensors in plain attributes.
+"""What modules keep from batch to batch in plain attributes, besides their buffers.
 
 A recurrent network may hold its state as `self.h = h.detach()`. Which attributes move is found out
 once for each network, by a comparison of all of them before and after a first forward pass; where
@@ -14,67 +14,8 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-# ----------------------------------------------------------------------------------- buffers
-
-Buffers = list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
-
-
-def copy_of_buffers(module: nn.Module) -> Buffers:
-    """Every buffer with a copy of its value: (owner, name, buffer, value)."""
-    return [saved for owner in module.modules() for saved in copy_of_own(owner)]
-
-
-def copy_of_own(owner: nn.Module) -> Buffers:
-    """As `copy_of_buffers`, without those of submodules."""
-    return [(owner, name, buffer, _copied(buffer)) for name, buffer in owner._buffers.items()]
-
-
-def differs(buffer: Tensor | None, value: Tensor | None) -> bool:
-    """Whether a buffer has another value than it had when it was copied; reads from the device."""
-    if buffer is None or value is None or is_lazy(buffer) or buffer.layout != torch.strided:
-        return False
-    return not torch.equal(_memory(buffer), value)
-
-
-def put_back(saved: Buffers) -> None:
-    """Give each owner its buffer back, with the value that it had."""
-    for owner, name, buffer, value in saved:
-        if buffer is not None and value is not None:
-            _write(buffer, value)
-        if name not in owner._buffers or owner._buffers[name] is not buffer:
-            setattr(owner, name, buffer)
-
-
-def _copied(buffer: Tensor | None) -> Tensor | None:
-    """A copy; None where there is no value yet."""
-    return None if buffer is None or is_lazy(buffer) else _memory(buffer).clone()
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """A view of a tensor in which no two elements lie at the same place."""
-    if tensor.layout != torch.strided or tensor.is_contiguous():
-        return tensor
-    sizes, strides = tensor.shape, tensor.stride()
-    if 0 in strides:  # made by `expand`
-        tensor = tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in strides)]
-        sizes, strides = tensor.shape, tensor.stride()
-    end = 1
-    for stride, size in sorted(zip(strides, sizes, strict=True)):
-        if size > 1 and stride < end:  # windows that overlap, made by `unfold`
-            span = 1 + sum(s * (n - 1) for s, n in zip(strides, sizes, strict=True))
-            return tensor.as_strided((span,), (1,))
-        end += stride * (size - 1)
-    return tensor
-
-
-def _write(tensor: Tensor, value: Tensor) -> None:
-    # Through .data: a graph that holds the tensor must still be able to go backward.
-    _memory(tensor.data).copy_(value)
-
-
-# ------------------------------------------------------------------------- plain attributes
+from equipoise.buffers import memory, write
 
 _ABSENT: Any = object()
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -234,7 +175,7 @@ class _Value:
             if value.grad_fn is not None:
                 self.value = value.detach()  # of a batch that is over: do not keep its graph
             elif _holds(value) and not (value.requires_grad or value.is_inference()):
-                self.copy = _memory(value).clone()
+                self.copy = memory(value).clone()
         elif isinstance(value, tuple | list | deque):
             self.parts = [_Value(v) for v in value]
         elif type(value) is dict:
@@ -248,7 +189,7 @@ class _Value:
         if now is not value:
             return False
         if isinstance(value, Tensor):
-            return self.copy is None or _equal(self.copy, _memory(now))
+            return self.copy is None or _equal(self.copy, memory(now))
         if isinstance(self.parts, list):
             grows = len(now) > len(self.parts) and isinstance(now, list)  # a log
             return (grows or len(now) == len(self.parts)) and all(
@@ -264,7 +205,7 @@ class _Value:
         """The value as it was."""
         value = self.value
         if self.copy is not None:
-            _write(value, self.copy)
+            write(value, self.copy)
         elif isinstance(self.parts, list):
             parts = [part.restored() for part in self.parts]
             if isinstance(value, deque):

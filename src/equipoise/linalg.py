@@ -72,6 +72,20 @@ def combine_rows(rows: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
     return direction
 
 
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each dense tensor, detached and of its shape: one launch a dtype and device."""
+    found = list(tensors)
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(i)
+    for group in groups.values():
+        flat = torch.cat([tensors[i].detach().reshape(-1) for i in group])
+        pieces = flat.split([tensors[i].numel() for i in group])
+        for i, piece in zip(group, pieces, strict=True):
+            found[i] = piece.view(tensors[i].shape)
+    return found
+
+
 def real(tensor: Tensor) -> Tensor:
     """The same numbers as real ones: a view (..., 2) of a complex tensor, others as they are.
 

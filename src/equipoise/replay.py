@@ -15,8 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from equipoise.buffers import Buffers, copy_of_buffers, put_back
 from equipoise.draws import RandomState
-from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back
+from equipoise.kept import Attributes
 
 
 @contextmanager

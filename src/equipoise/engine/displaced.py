@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from equipoise.linalg import real
+from equipoise.linalg import copies, real
 
 Offsets = Iterable[tuple[Tensor, Tensor | None]]
 """Parameters, each with what is added to it; None: it goes back to its start."""
@@ -29,7 +29,7 @@ class Displaced:
         self.parameters = list(parameters)
         # Through .data: once they are back, a graph that holds them still goes backward.
         self._values = [real(p.data) for p in self.parameters]
-        self._starts = [value.clone() for value in self._values]
+        self._starts = copies(self._values)
         self._away = self._stays = False
 
     @cached_property

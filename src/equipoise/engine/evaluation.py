@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.buffers import Buffers, put_back
 from equipoise.engine.gradients import Gradients, divided
 from equipoise.engine.passes import Findings, Passes
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.targets import Presence
 from equipoise.errors import NOT_FINITE, NonFiniteError
-from equipoise.kept import Attributes, Buffers, put_back
+from equipoise.kept import Attributes
 from equipoise.linalg import finite_norm
 from equipoise.replay import RandomState, frozen_buffers, replayed
 

@@ -138,21 +138,33 @@ def add_gradients(
             if gradient is not None:
                 view.add_(real(gradient), alpha=factor)
         return list(found[n:])
-    held = [p.grad for p in inputs]
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(_move, view, factor))
+    held, hooks = [p.grad for p in inputs], []
+    into = [
+        view if factor == 1 and _same_kind(p, view) else None
         for p, view in zip(inputs, views, strict=False)
     ]
     try:
-        for p in inputs:
+        for p, view, target in zip(inputs, views, into, strict=False):
+            p.grad = target  # in which autograd accumulates in place
+            if target is None:
+                hooks.append(p.register_post_accumulate_grad_hook(partial(_move, view, factor)))
+        for p in inputs[n:]:
             p.grad = None
         torch.autograd.backward(loss, seed, retain_graph=retain_graph, inputs=list(inputs))
+        for p, target in zip(inputs, into, strict=False):
+            if target is not None and p.grad is not None and p.grad is not target:
+                target.copy_(p.grad)  # autograd has made a new sum
         return [p.grad for p in inputs[n:]]
     finally:
         for hook in hooks:
             hook.remove()
         for p, gradient in zip(inputs, held, strict=True):
             p.grad = gradient
+
+
+def _same_kind(parameter: Tensor, view: Tensor) -> bool:
+    """Whether a view can be the gradient of a parameter."""
+    return parameter.dtype == view.dtype and parameter.layout == view.layout
 
 
 def _move(view: Tensor, factor: float, parameter: Tensor) -> None:

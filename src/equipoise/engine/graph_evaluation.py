@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.buffers import Buffers
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.lazy import LazyParameters
@@ -21,7 +22,7 @@ from equipoise.engine.rows import TakesRows
 from equipoise.engine.stages import Needs
 from equipoise.engine.targets import Presence
 from equipoise.errors import EquipoiseError, TaskError, raised_in
-from equipoise.kept import Buffers, Search
+from equipoise.kept import Search
 from equipoise.replay import Replay, frozen_buffers
 
 Closure = Callable[[], Mapping[str, Any]]

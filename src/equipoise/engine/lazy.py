@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from equipoise.buffers import Buffers, copy_of_buffers, put_back
 from equipoise.draws import RandomState
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import raised_in
-from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back
+from equipoise.kept import Attributes
 from equipoise.replay import devices_of, evaluating
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from equipoise.buffers import Buffers, copy_of_buffers, copy_of_own, differs, put_back
 from equipoise.engine.graphs import (
     REENTRANT,
     is_compiled,
@@ -26,7 +27,6 @@ from equipoise.engine.graphs import (
 )
 from equipoise.engine.ranks import Ranks
 from equipoise.errors import EquipoiseError
-from equipoise.kept import Buffers, copy_of_buffers, copy_of_own, differs, put_back
 
 
 @dataclass

@@ -83,20 +83,31 @@ class Rows:
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Fill the next row; None counts as zeros."""
-        for k, view in enumerate(self._views[self._filled]):
-            gradient = gradients[k]
-            if gradient is None:
-                view.zero_()
-            else:
+        cleared, filled, dense = [], [], []
+        for k, (view, gradient) in enumerate(
+            zip(self._views[self._filled], gradients, strict=True)
+        ):
+            if gradient is not None:
                 self._layout.note(k, gradient)
-                if gradient.is_sparse:
-                    view.zero_().add_(real(gradient))
-                else:
-                    view.copy_(real(gradient))
+            if gradient is None or gradient.is_sparse:
+                cleared.append(view)
+            else:
+                filled.append(view)
+                dense.append(real(gradient))
+        if cleared:
+            torch._foreach_zero_(cleared)
+            self._add_sparse(self._filled, gradients, 1.0)
+        if filled:
+            torch._foreach_copy_(filled, dense)
         if self._whole is not None:
             self.ranks.scatter_sum(self._whole, self.buffer[self._filled])
         self._filled += 1
         self._version = self.buffer._version
+
+    def _add_sparse(self, k: int, gradients: Sequence[Tensor | None], factor: float) -> None:
+        for view, gradient in zip(self._views[k], gradients, strict=True):
+            if gradient is not None and gradient.is_sparse:
+                view.add_(real(gradient), alpha=factor)
 
     # ------------------------------------------------------------------ sums of several batches
 
@@ -109,11 +120,16 @@ class Rows:
         """Add gradients, times a factor, to row k of all T; None counts as zeros."""
         if self._whole is not None:
             self._whole.zero_()
-        for i, view in enumerate(self._views[k]):
-            gradient = gradients[i]
+        grown, dense = [], []
+        for i, (view, gradient) in enumerate(zip(self._views[k], gradients, strict=True)):
             if gradient is not None:
-                view.add_(real(gradient), alpha=factor)
                 self._layout.note(i, gradient)
+                if not gradient.is_sparse:
+                    grown.append(view)
+                    dense.append(real(gradient))
+        if grown:
+            torch._foreach_add_(grown, dense, alpha=factor)
+        self._add_sparse(k, gradients, factor)
         if self._whole is not None:
             self.buffer[k].add_(self._scattered())
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.buffers import Buffers
 from equipoise.engine.boundary import Boundary
 from equipoise.engine.evaluation import Evaluation, Moving
 from equipoise.engine.gradients import Gradients
@@ -17,7 +18,7 @@ from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.targets import Presence, Targets
 from equipoise.errors import NOT_CONNECTED, EquipoiseError, TaskError, raised_in
-from equipoise.kept import Attributes, Buffers, whole_of
+from equipoise.kept import Attributes, whole_of
 from equipoise.replay import Replay
 from equipoise.trunk import SharedTrunk
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equipoise.buffers import Buffers, copy_of_buffers, put_back
 from equipoise.draws import RandomState
 from equipoise.engine.compatibility import refuse_bypassed
 from equipoise.engine.direction import FeatureGradients
@@ -29,7 +30,7 @@ from equipoise.engine.trunk_evaluation import TrunkEvaluation
 from equipoise.engine.trunk_looks import Losses
 from equipoise.engine.unreached import WHY
 from equipoise.errors import CombinationError, EquipoiseError, raised_in
-from equipoise.kept import Attributes, Buffers, copy_of_buffers, put_back, search_again, whole_of
+from equipoise.kept import Attributes, search_again, whole_of
 from equipoise.replay import devices_of
 from equipoise.trunk import SeparateTrunks, SharedTrunk, bypassed, outputs_of
 
