@@ -416,3 +416,12 @@ def test_autocast() -> None:
             reports = [step(inputs, targets) for _ in range(3)]
         assert all(report.accepted for report in reports)
         assert reports[-1].losses.sum() < reports[0].losses.sum()
+
+
+@pytest.mark.parametrize("search", [eq.Backtracking(), eq.FastBacktracking()])
+def test_an_accepted_step_is_counted_by_whoever_counts_the_optimizers_steps(search: object) -> None:
+    step = image_step(search, eq.MGDA())
+    counted: list[int] = []
+    step.optimizer.register_step_post_hook(lambda *_: counted.append(1))
+    accepted = [step(*images(THREE)).accepted for _ in range(3)]
+    assert sum(counted) == sum(accepted) > 0

@@ -113,7 +113,7 @@ class Search:
             found = self._along_optimizer(result, shared, heads, learned, promised)
         else:
             found, result, shared, heads = self._find(result, shared, heads, promised)
-            if found.accepted and learned:
+            if found.accepted:  # also for those who count the optimizer's steps
                 self.update.learn(learned)
             self.update.give(shared, heads, learned)
         self.rule.count(found.trials, found.step_size, found.slopes)

@@ -121,7 +121,7 @@ class Update:
         torch.clear_autocast_cache()  # it holds half-precision copies of the old parameters
 
     def learn(self, learned: Gradients) -> None:
-        """Step the weighting's parameters alone."""
+        """Step the weighting's parameters alone; the optimizer makes a step without gradients."""
         nothing: Gradients = [None] * len(self.look.shared)
         self.step(nothing, [[None] * len(own) for own in self.look.own], learned)
 
