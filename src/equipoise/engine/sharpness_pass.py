@@ -18,7 +18,7 @@ from equipoise.engine.evaluation import Evaluation
 from equipoise.engine.gradients import Gradients, divided, summed
 from equipoise.engine.rows import Rows
 from equipoise.errors import NonFiniteError
-from equipoise.linalg import finite_norm, length
+from equipoise.linalg import finite_norm, length, on_host
 from equipoise.sharpness import TINY, TaskSharpness
 
 
@@ -144,9 +144,11 @@ class SecondLook:
 
     def _refuse_what_is_not_finite(self, own: Sequence[Gradients]) -> None:
         """Where a loss, or a gradient of own parameters, is not finite, name the task."""
-        bad = torch.zeros(len(self.heads), device="cpu")
-        for k, value in self.seen:
-            bad[k] += not math.isfinite(float(value))
+        bad = torch.zeros(len(self.heads), dtype=torch.float64, device="cpu")
+        if self.seen:  # one read for all
+            tasks, values = zip(*self.seen, strict=True)
+            infinite = (~on_host(values).isfinite()).to(torch.float64)
+            bad.index_add_(0, torch.tensor(tasks, device="cpu"), infinite)
         for k, count in enumerate(self.evaluation.ranks.sum(bad).tolist()):
             if count > 0:
                 raise self._too_far(k, "loss")
@@ -169,6 +171,7 @@ class SecondLook:
             self._fill_from(self._trunk(rows.mean()))
             return self._own_moved()
         mean = rows.mean() if sharp.needs_mean else None
+        displaced = Displaced(self.evaluation.shared)  # whose starts are copied once for all tasks
         found: list[Gradients] = []
         for k, head in enumerate(self.heads):
             trunk = self._trunk(sharp.ascent(self._upward(k), mean))
@@ -178,7 +181,7 @@ class SecondLook:
                 rows.stay(k, sharp.decompose)
                 found.append(head.gradients)
                 continue
-            moving = moved(trunk, sharp, sharp.rho)
+            moving = moved(trunk, sharp, sharp.rho, displaced)
             del trunk  # where it is no row it is P numbers more
             with moving:
                 rows.renew(k, sharp.decompose)  # not before: it may be what the trunk climbs along
@@ -269,7 +272,9 @@ class SecondLook:
 
 
 @contextmanager
-def moved(group: Group, sharpness: TaskSharpness, rho: float) -> Generator[None]:
+def moved(
+    group: Group, sharpness: TaskSharpness, rho: float, displaced: Displaced | None = None
+) -> Generator[None]:
     """The group's parameters perturbed in the body; bit for bit as before it afterwards."""
     scale = group.sign * sharpness.scale(rho, group.length)
     moving = [
@@ -277,8 +282,8 @@ def moved(group: Group, sharpness: TaskSharpness, rho: float) -> Generator[None]
         for p, g in zip(group.parameters, group.gradients, strict=True)
         if g is not None and scale != 0
     ]
-    with Displaced([p for p, _ in moving]) as displaced:
-        displaced.move(_offsets(moving, sharpness), scale)
+    with displaced or Displaced([p for p, _ in moving]) as mover:
+        mover.move(_offsets(moving, sharpness), scale)
         del group, moving  # what they climbed along is not needed any more
         yield
 
