@@ -94,12 +94,13 @@ def kind_of(recipe: eq.Recipe) -> str:
     if recipe.line_search is not None:
         return "search"
     method = recipe.aggregator.method
-    if recipe.plain is not None:
+    if method.token.startswith("f-"):
         return "flat"
     if method.level == "features":
         return "features"
-    step = recipe.build(network(2), dict.fromkeys(network(2).tasks, F.cross_entropy), 0.1, 9)
-    return "gradients" if step.forms_gram or step._stages.needs.rows else "loss-only"
+    model = network(2)
+    step = recipe.build(model, dict.fromkeys(model.tasks, F.cross_entropy), 0.1, 9)
+    return "loss-only" if step(*batch(model)).gram is None else "gradients"
 
 
 def bare(kind: str, n_tasks: int, joint: bool = False) -> Callable[[], None]:
