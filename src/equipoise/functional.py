@@ -28,6 +28,7 @@ from equipoise.engine.scaling import Scaler, Scaling, above_one, mark, scales_of
 from equipoise.engine.targets import Presence
 from equipoise.errors import (
     NOT_FINITE,
+    TOO_LARGE,
     CombinationError,
     EquipoiseError,
     NonFiniteError,
@@ -132,7 +133,7 @@ def backward(
             direction, rest, result = looking.by_features(stage, joint, features, names)
         norm = finite_norm([*direction, *rest])
         if norm is None:
-            raise NonFiniteError(None, "the gradients are finite, but together they overflow.")
+            raise NonFiniteError(None, TOO_LARGE)
         scaling.refuse_overflow(norm, parameters)
     except NonFiniteError as error:
         if not (scaling.skips or above_one(scales)):
@@ -159,7 +160,8 @@ def _refuse_what_only_a_step_knows(weighting: WeightingStage) -> None:
     method = weighting.method
     if method is not None and (method.needs_losses_after or method.needs_lr):
         what = "the losses after the update" if method.needs_losses_after else "the learning rate"
-        raise CombinationError(f"backward and {weighting.name}: it needs {what}. Use a Step.")
+        who = weighting.name
+        raise CombinationError(f"backward and {who}: {who} needs {what}. Use a Step.")
 
 
 class _Graph:

@@ -16,7 +16,7 @@ from equipoise.engine.passes import Findings, Passes
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.targets import Presence
-from equipoise.errors import NOT_FINITE, NonFiniteError
+from equipoise.errors import NOT_FINITE, TOO_LARGE, NonFiniteError
 from equipoise.kept import Attributes, Buffers, put_back
 from equipoise.linalg import finite_norm
 from equipoise.replay import RandomState, frozen_buffers, replayed
@@ -253,4 +253,4 @@ def first_not_finite(
         in_rows = lengths is not None and not bool(torch.isfinite(lengths[k]))
         if in_rows or finite_norm(own[k]) is None:
             return NonFiniteError(task, NOT_FINITE)
-    return NonFiniteError(None, "each task's gradient is finite, but together they overflow.")
+    return NonFiniteError(None, TOO_LARGE)
