@@ -276,4 +276,4 @@ def test_what_a_callable_may_not_return(returned: Callable, words: str) -> None:
 
 def test_a_callable_at_the_feature_level_is_refused() -> None:
     change = {"aggregator": lambda rows: rows.sum(0)}
-    refused(lambda model, losses: change, eq.CombinationError, "feature level", "features")
+    refused(lambda model, losses: change, eq.CombinationError, "features and function", "features")

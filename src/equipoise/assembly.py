@@ -174,8 +174,8 @@ class Assembly:
         """
         if self._gathered:
             raise EquipoiseError(
-                f"{len(self._gathered)} micro-batches have been collected and would be lost; save "
-                "the state after the step that they belong to."
+                "micro-batches have been collected and would be lost; save the state after the "
+                "step that they belong to."
             )
         return saved(self._stateful(), self._stages.names(), self.model)
 

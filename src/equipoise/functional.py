@@ -130,7 +130,7 @@ def backward(
         if features is None:
             direction, rest, result = looking.by_rows(stage, joint)
         else:
-            direction, rest, result = looking.by_features(stage, joint, features, names)
+            direction, rest, result = looking.by_features(stage, joint, features)
         norm = finite_norm([*direction, *rest])
         if norm is None:
             raise NonFiniteError(None, TOO_LARGE)
@@ -208,13 +208,13 @@ class _Graph:
         return rows.per_parameter(direction), self._summed(rest), result
 
     def by_features(
-        self, aggregator: AggregatorStage, joint: Tensor, features: Any, names: list[str]
+        self, aggregator: AggregatorStage, joint: Tensor, features: Any
     ) -> tuple[Gradients, Gradients, Combination]:
         """One backward a task down to the features, and one below."""
         if not aggregator.works_on_features:
             raise CombinationError(
-                f"{aggregator.given!r} has no coefficients(gram), which the feature level needs; "
-                "leave `features` out."
+                f"features and {aggregator.name}: features need an aggregator with "
+                "coefficients(gram). Leave `features` out."
             )
         leaves = pytree.tree_leaves(features)
         outputs = [z for z in leaves if isinstance(z, Tensor) and z.requires_grad]
@@ -223,7 +223,7 @@ class _Graph:
                 "features holds no tensor that requires a gradient; give what the shared part "
                 "returned, not detached."
             )
-        self._refuse_ways_around(outputs, names)
+        self._refuse_ways_around(outputs)
         sent_back: list[Gradients] = []
         rest: list[Gradients] = []
         for i in range(len(self.losses)):
@@ -253,7 +253,7 @@ class _Graph:
             ]
         return self.ranks.sum_gradients(total, self.others)
 
-    def _refuse_ways_around(self, outputs: Sequence[Tensor], names: list[str]) -> None:
+    def _refuse_ways_around(self, outputs: Sequence[Tensor]) -> None:
         """Refuse features of which one is computed from another, and ways that avoid them all."""
         ends = {z.grad_fn for z in outputs if z.grad_fn is not None}
         children = [child for end in ends for child, _ in end.next_functions if child is not None]
@@ -269,7 +269,7 @@ class _Graph:
         for leaf, mask in above.items():
             if leaf in shared:
                 raise TaskError(
-                    names[(mask & -mask).bit_length() - 1],
+                    (mask & -mask).bit_length() - 1,
                     f"loss reaches a shared parameter of shape {tuple(leaf.shape)} without passing "
                     "through `features`, so that part of its gradient would be lost. Leave "
                     "`features` out, or give every tensor that the heads see.",

@@ -197,9 +197,11 @@ class Evaluation(ABC):
         for task, loss in zip(self.presence.names, self.losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 cause = self.cause(task) if math.isnan(loss) else None
-                advice = "Lower the learning rate, or leave this batch out."
-                said = f"loss is {loss}. {advice}" if cause is None else f"loss is {loss}: {cause}"
-                raise NonFiniteError(task, said)
+                if cause is not None:
+                    raise NonFiniteError(task, f"loss is {loss}: {cause}")
+                raise NonFiniteError(
+                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
+                )
 
     def cause(self, task: str) -> str | None:
         """Why the loss of a task may be NaN, with what to do; None if nothing is known."""
