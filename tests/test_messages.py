@@ -142,3 +142,18 @@ def f(x):
     expected |= {"not here; because of this.", f"for {ANY} and {ANY}"}
     assert expected <= texts([ast.parse(source)])
     assert not any("No message" in text or text == "word" for text in texts([ast.parse(source)]))
+
+
+SHOWN = re.compile(r"`([\w/]+\.py)::(test_\w+)`")
+
+
+def test_the_tests_that_the_page_names_exist() -> None:
+    named = SHOWN.findall(PAGE)
+    assert len(named) > 60
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not (ROOT / "tests" / file).exists()
+        or f"def {test}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
