@@ -10,6 +10,7 @@ from torch import nn
 import equipoise as eq
 
 
+@pytest.mark.filterwarnings("ignore")  # its own
 def test_lightning_counts_the_steps(tmp_path: Path) -> None:
     pl = pytest.importorskip("pytorch_lightning")
 
