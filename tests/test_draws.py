@@ -104,6 +104,15 @@ def test_all_looks_at_a_batch_draw_the_same(recipe: str, source: str, closure: b
     assert present() == after
 
 
+def test_a_generator_of_ones_own_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/messages.md says: each look draws anew."""
+    generator = torch.Generator().manual_seed(3)
+    monkeypatch.setitem(SOURCES, "own", lambda: float(torch.rand((), generator=generator)))
+    trunk = Drawing("own")
+    make(step_of("f-cagrad(rho=0.001)", trunk))
+    assert len(set(trunk.drawn)) == len(trunk.drawn) == 3
+
+
 @pytest.mark.parametrize("source", ["random", "numpy"])
 def test_a_network_that_starts_to_draw_later(source: str) -> None:
     seed()

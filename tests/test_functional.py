@@ -258,6 +258,30 @@ def test_losses_of_the_wrong_form(losses: Any, words: str) -> None:
     refused(lambda model, _: {"losses": losses}, eq.EquipoiseError, words)
 
 
+@pytest.mark.parametrize("way", ["penalty", "skip", "a part of the features"])
+@pytest.mark.parametrize("named", [True, False])
+def test_ways_around_the_features_are_refused(way: str, named: bool) -> None:
+    model = linear_model(("depth", "normals"))
+    inputs, targets = regression_batch(model.tasks)
+    first = model.trunk[0](inputs)
+    features = model.trunk[1:](first)
+    losses = {t: F.mse_loss(model.head(t, features), targets[t]) for t in model.tasks}
+    other = {
+        "penalty": model.trunk[0].weight.square().sum(),
+        "skip": first.mean(),
+        "a part of the features": (features * 1).mean(),
+    }[way]
+    losses["normals"] = losses["normals"] + other
+    given = features * 2 if way == "a part of the features" else features
+    name = "'depth'" if way == "a part of the features" else "'normals'"
+    task = name if named else {"'depth'": "0", "'normals'": "1"}[name]
+    with pytest.raises(eq.TaskError, match=rf"task {task}: loss reaches .* without passing"):
+        eq.backward(
+            losses if named else list(losses.values()), model.shared_parameters(), eq.MGDA(), given
+        )
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_gradient_of_a_head_that_is_not_finite() -> None:
     def change(model: eq.SharedTrunk, losses: dict[str, Tensor]) -> dict:
         bias = model.heads["normals"][-1].bias
@@ -276,4 +300,4 @@ def test_what_a_callable_may_not_return(returned: Callable, words: str) -> None:
 
 def test_a_callable_at_the_feature_level_is_refused() -> None:
     change = {"aggregator": lambda rows: rows.sum(0)}
-    refused(lambda model, losses: change, eq.CombinationError, "feature level", "features")
+    refused(lambda model, losses: change, eq.CombinationError, "features and function", "features")

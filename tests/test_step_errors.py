@@ -1,5 +1,6 @@
 """What is refused, by which name, and that a refused step has changed nothing."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -262,6 +263,23 @@ def test_a_negative_loss_under_si(weighting: Callable) -> None:
     before = snapshot(step)
     with pytest.raises(eq.TaskError, match=r"task 'normals': loss is -4\d.*; (SI|IGBv1) needs"):
         step(*class_batch(TASKS))
+    assert differences(without_grad(before), without_grad(snapshot(step))) == []
+
+
+@pytest.mark.parametrize("normalize", ["loss", "loss+"])
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_negative_loss_under_mgda_that_divides_by_losses(normalize: str, absent: bool) -> None:
+    step = regression_step(None, eq.MGDA(normalize=normalize))
+    name = step.model.tasks[-1]
+    step.losses[name] = lambda output, target: F.mse_loss(output, target) - 1e3
+    inputs, targets = regression_batch(step.model.tasks)
+    targets = {name: targets[name]} if absent else targets
+    words = (
+        rf"task '{name}': loss is -9\d\d.*; MGDA\(normalize='{re.escape(normalize)}'\) needs pos"
+    )
+    before = snapshot(step)
+    with pytest.raises(eq.TaskError, match=words):
+        step(inputs, targets)
     assert differences(without_grad(before), without_grad(snapshot(step))) == []
 
 

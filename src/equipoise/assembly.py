@@ -84,7 +84,7 @@ class Assembly:
         if self._gathered:
             raise EquipoiseError(
                 "micro-batches have been collected with the stages as they are; make the step, or "
-                "call step.backward, before you exchange one."
+                "call step.backward, before you exchange a stage."
             )
         if losses is now.get("losses"):
             network: Network = self._network  # which keeps what it knows
@@ -174,8 +174,8 @@ class Assembly:
         """
         if self._gathered:
             raise EquipoiseError(
-                f"{len(self._gathered)} micro-batches have been collected and would be lost; save "
-                "the state after the step that they belong to."
+                "micro-batches have been collected and would be lost; save the state after the "
+                "step that they belong to."
             )
         return saved(self._stateful(), self._stages.names(), self.model)
 

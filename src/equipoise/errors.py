@@ -52,6 +52,11 @@ NOT_FINITE = (
     "or leave this batch out."
 )
 
+TOO_LARGE = (
+    "each task's gradient is finite, but their sum overflows. Divide the losses by a constant, or "
+    "leave this batch out."
+)
+
 
 class raised_in:  # noqa: N801
     """A context: an error of the user's code in the body says where it was raised.

@@ -28,6 +28,7 @@ from equipoise.engine.scaling import Scaler, Scaling, above_one, mark, scales_of
 from equipoise.engine.targets import Presence
 from equipoise.errors import (
     NOT_FINITE,
+    TOO_LARGE,
     CombinationError,
     EquipoiseError,
     NonFiniteError,
@@ -129,10 +130,10 @@ def backward(
         if features is None:
             direction, rest, result = looking.by_rows(stage, joint)
         else:
-            direction, rest, result = looking.by_features(stage, joint, features, names)
+            direction, rest, result = looking.by_features(stage, joint, features)
         norm = finite_norm([*direction, *rest])
         if norm is None:
-            raise NonFiniteError(None, "the gradients are finite, but together they overflow.")
+            raise NonFiniteError(None, TOO_LARGE)
         scaling.refuse_overflow(norm, parameters)
     except NonFiniteError as error:
         if not (scaling.skips or above_one(scales)):
@@ -159,7 +160,8 @@ def _refuse_what_only_a_step_knows(weighting: WeightingStage) -> None:
     method = weighting.method
     if method is not None and (method.needs_losses_after or method.needs_lr):
         what = "the losses after the update" if method.needs_losses_after else "the learning rate"
-        raise CombinationError(f"backward and {weighting.name}: it needs {what}. Use a Step.")
+        who = weighting.name
+        raise CombinationError(f"backward and {who}: {who} needs {what}. Use a Step.")
 
 
 class _Graph:
@@ -206,13 +208,13 @@ class _Graph:
         return rows.per_parameter(direction), self._summed(rest), result
 
     def by_features(
-        self, aggregator: AggregatorStage, joint: Tensor, features: Any, names: list[str]
+        self, aggregator: AggregatorStage, joint: Tensor, features: Any
     ) -> tuple[Gradients, Gradients, Combination]:
         """One backward a task down to the features, and one below."""
         if not aggregator.works_on_features:
             raise CombinationError(
-                f"{aggregator.given!r} has no coefficients(gram), which the feature level needs; "
-                "leave `features` out."
+                f"features and {aggregator.name}: features need an aggregator with "
+                "coefficients(gram). Leave `features` out."
             )
         leaves = pytree.tree_leaves(features)
         outputs = [z for z in leaves if isinstance(z, Tensor) and z.requires_grad]
@@ -221,7 +223,7 @@ class _Graph:
                 "features holds no tensor that requires a gradient; give what the shared part "
                 "returned, not detached."
             )
-        self._refuse_ways_around(outputs, names)
+        self._refuse_ways_around(outputs)
         sent_back: list[Gradients] = []
         rest: list[Gradients] = []
         for i in range(len(self.losses)):
@@ -251,7 +253,7 @@ class _Graph:
             ]
         return self.ranks.sum_gradients(total, self.others)
 
-    def _refuse_ways_around(self, outputs: Sequence[Tensor], names: list[str]) -> None:
+    def _refuse_ways_around(self, outputs: Sequence[Tensor]) -> None:
         """Refuse features of which one is computed from another, and ways that avoid them all."""
         ends = {z.grad_fn for z in outputs if z.grad_fn is not None}
         children = [child for end in ends for child, _ in end.next_functions if child is not None]
@@ -267,7 +269,7 @@ class _Graph:
         for leaf, mask in above.items():
             if leaf in shared:
                 raise TaskError(
-                    names[(mask & -mask).bit_length() - 1],
+                    (mask & -mask).bit_length() - 1,
                     f"loss reaches a shared parameter of shape {tuple(leaf.shape)} without passing "
                     "through `features`, so that part of its gradient would be lost. Leave "
                     "`features` out, or give every tensor that the heads see.",

@@ -148,7 +148,7 @@ def _entries(
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", token):
         raise RecipeError("a token is made of lower-case letters, digits and single hyphens.")
     if token.startswith(("f-", "a-")) or token.endswith("-ub"):
-        raise RecipeError("f-, a- and -ub are put to aggregators' tokens; leave them out.")
+        raise RecipeError("f-, a- and -ub are added to the tokens of aggregators; leave them out.")
     axis = _axis(factory, axis)
     _refuse_parameters(factory, axis)
     if unknown := set(flat) - (set(defaults(factory)) if axis == "aggregation" else set()):
@@ -250,7 +250,7 @@ def _refuse_taken(entries: list[Method]) -> None:
         if there is None:
             continue
         if there in REFUSED:
-            raise RecipeError(f"{there} has no sense: {REFUSED[there]}")
+            raise RecipeError(f"{there} makes no sense: {REFUSED[there]}")
         old = TOKENS[there].factory
         if there != entry.token or not _same(old, entry.factory):
             known = f"{unwrapped(old).__module__}.{name_of(old)}"

@@ -169,7 +169,7 @@ class Step(Assembly):
         stages = self._stages
         if self.line_search is not None or stages.weighting.needs_losses_after:
             who = type(self.line_search or self.weighting).__name__
-            raise CombinationError(f"backward and {who}: it makes the update itself. Call step().")
+            raise CombinationError(f"backward and {who}: {who} makes the update. Call step().")
         return self._make((inputs, targets, masks), updates=False)
 
     def collect(

@@ -33,7 +33,9 @@ class SharedTrunk(nn.Module):
         self.heads = nn.ModuleDict()
         for task, head in heads.items():
             if not isinstance(head, nn.Module):
-                raise ValueError(f"task {task!r}: its head is a {type(head).__name__}, no module.")
+                raise ValueError(
+                    f"task {task!r}: its head is a {type(head).__name__}; give an nn.Module."
+                )
             try:
                 self.heads[task] = head
             except (KeyError, TypeError) as error:
@@ -123,7 +125,7 @@ def bypassed(model: SharedTrunk) -> str | None:
     kind = type(model)
     own = kind.forward is not SharedTrunk.forward or kind.__call__ is not nn.Module.__call__
     if own or "forward" in vars(model):
-        return f"a forward of its own of {kind.__name__}"
+        return f"the forward method of {kind.__name__}"
     hooks = (
         model._forward_pre_hooks,
         model._forward_hooks,

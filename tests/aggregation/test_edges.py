@@ -8,7 +8,7 @@ import torch
 from reference import aggregation as reference
 
 from equipoise.aggregation import IMTLG, MGDA, CAGrad, Mean, PCGrad, Sum
-from equipoise.errors import NonFiniteError
+from equipoise.errors import NonFiniteError, TaskError
 
 EVERY = [
     Sum,
@@ -335,7 +335,7 @@ def test_mgda_by_losses_needs_positive_ones(normalize: str) -> None:
     jacobian = rows([3, 0], [0, 4])
     with pytest.raises(ValueError, match="loss"):
         MGDA(normalize=normalize)(jacobian)
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(TaskError, match="task 1: loss is 0; .* positive"):
         MGDA(normalize=normalize)(jacobian, losses=torch.tensor([1.0, 0.0]))
 
 

@@ -157,7 +157,7 @@ def test_features_do_not_know_of_it(options: dict, words: str) -> None:
     model, losses, _ = penalty()
     step = eq.Step(model, losses, sgd(model), None, eq.MGDA(), **options)
     before = snapshot(step)
-    words += " and the loss of task 'left': it reaches parameter 'trunk.0.weight'"
+    words += " and the loss of task 'left': the loss reaches parameter 'trunk.0.weight'"
     for _ in range(2):  # each time
         with pytest.raises(eq.CombinationError, match=words):
             step(*regression_batch(TASKS))

@@ -188,6 +188,20 @@ def test_a_network_compiled_as_a_whole() -> None:
         two_steps(model, "f-cagrad", "closure", compiled(model))
 
 
+def test_a_closure_compiled_as_a_whole() -> None:
+    batch = class_batch(TASKS)
+    found = []
+    for wrap in (compiled, lambda closure: closure):
+        model = network().eval()
+        step = eq.Step(model, TASKS, sgd(model), None, eq.CAGrad(), shared=model.trunk)
+        step(wrap(closure_of(model, *batch)))
+        found.append([p.detach() for p in model.parameters()])
+    assert close(*found)
+    step = eq.Step(model, TASKS, sgd(model), None, eq.CAGrad())
+    with pytest.raises(eq.TaskError, match="has a compiled part"):
+        step(compiled(closure_of(model, *batch)))
+
+
 def test_heads_compiled_one_by_one_show_what_they_reach(
     networks: Callable[[str], eq.SharedTrunk],
 ) -> None:

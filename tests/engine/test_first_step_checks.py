@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import equipoise as eq
+from equipoise.engine import partition, trunk_network
+from equipoise.engine.lazy import LazyParameters
 from equipoise.engine.passes import Findings, Passes
 from equipoise.engine.trunk_network import TrunkNetwork
 
@@ -22,7 +24,7 @@ TASKS = ("a", "b", "c")
 RECIPES = ("ew", "uw", "famo", "mgda-ub", "fbls(verify=true)", "bls", "cagrad", "f-cagrad")
 CASES = [(recipe, "trunk") for recipe in RECIPES]
 CASES += [(r, "closure") for r in RECIPES if r not in ("mgda-ub", "fbls(verify=true)")]
-USERS = ("equipoise.engine.trunk_evaluation", "equipoise.engine.graph_evaluation")
+USERS = ("equipoise.engine.trunk_looks", "equipoise.engine.graph_evaluation")
 
 
 class Operations(TorchDispatchMode):
@@ -70,6 +72,10 @@ def without_checks(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(f"{user}.findings_of", lambda tasks, *_: Findings(frozenset(tasks)))
     patch.setattr(Passes, "one", lambda _: nullcontext())
     patch.setattr(TrunkNetwork, "beyond", lambda *_: {})
+    patch.setattr(LazyParameters, "make", lambda *_: None)
+    patch.setattr(trunk_network._CheckedEvaluation, "_refuse_unreached", lambda _: None)
+    patch.setattr(trunk_network._CheckedEvaluation, "check_overlap", lambda *_: None)
+    patch.setattr(partition, "refuse_unreached", lambda *_: None)
 
 
 @pytest.mark.parametrize(("recipe", "form"), CASES)

@@ -6,6 +6,7 @@ import numpy as np
 
 from equipoise.aggregation.base import Array, GramAggregator
 from equipoise.aggregation.solvers import min_norm_weights
+from equipoise.errors import TaskError
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
 
@@ -28,8 +29,8 @@ class MGDA(GramAggregator):
             and for NYUv2 in F-MTL's code.
 
     Raises:
-        ValueError: unknown `normalize`, `zero` or `combine`, "normalized" without `normalize`, or
-            a loss that is not positive with "loss".
+        ValueError: unknown `normalize`, `zero` or `combine`, or "normalized" without `normalize`.
+        TaskError: a loss that is not positive, with "loss" and "loss+".
 
     With "normalized" d is the min-norm point of the divided gradients: with "l2" and "loss+" its
     length does not depend on theirs (`degree` 0). F-MTL's published F-MGDA on NYUv2 is that with
@@ -74,10 +75,13 @@ class MGDA(GramAggregator):
         if self.normalize in ("l2", "loss+"):
             divisor = divisor * norms
         if losses is not None and self.needs_losses:
-            if (losses[active] <= 0).any():
-                raise ValueError(
-                    f"losses are {losses.tolist()}; MGDA(normalize={self.normalize!r}) needs "
-                    "positive ones. Use normalize='l2' or None."
+            bad = active & (losses <= 0)
+            if bad.any():
+                i = int(bad.argmax())
+                raise TaskError(
+                    i,
+                    f"loss is {losses[i]:.6g}; MGDA(normalize={self.normalize!r}) needs positive "
+                    "losses. Use normalize='l2' or None.",
                 )
             divisor = divisor * losses
         divisor = divisor[active]

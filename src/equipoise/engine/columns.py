@@ -38,7 +38,7 @@ class Columns:
         if any(is_spread(p) for p in parameters):
             raise EquipoiseError(
                 "a shared parameter is a DTensor, spread over processes (fully_shard, tensor "
-                "parallelism); rows need it whole. Use the module without."
+                "parallelism); rows need it whole. Use a module without them."
             )
         self.parameters = list(parameters)
         self._sizes = [p.numel() * (1 + p.is_complex()) for p in parameters]

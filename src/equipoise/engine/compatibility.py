@@ -23,6 +23,8 @@ NO_FEATURES = (
     "SharedTrunk and a dict of losses"
 )
 
+NOTHING_SHARED = "separate trunks and {0}: there is no shared parameter. Leave {0} out."
+
 
 def shared_trunk(model: nn.Module, losses: Mapping[str, Any], shared: Any) -> SharedTrunk:
     """The model, if it has one head for each of the losses.
@@ -43,7 +45,9 @@ def shared_trunk(model: nn.Module, losses: Mapping[str, Any], shared: Any) -> Sh
             "whose. Give the list of task names, and call step(closure)."
         )
     if shared is not None:
-        raise CombinationError("SharedTrunk and shared: its trunk is what is shared.")
+        raise CombinationError(
+            "SharedTrunk and shared: what is shared is the trunk. Leave `shared` out."
+        )
     for task in (*losses, *model.tasks):
         if task not in model.tasks:
             raise TaskError(task, "has a loss but no head; " + nearest(task, model.tasks))
@@ -94,7 +98,9 @@ def refuse_senseless(
         return
     held = set(held_by(optimizer))
     if not any(p in held for p in network.module.parameters()):
-        raise ValueError("the optimizer holds none of the model's parameters.")
+        raise ValueError(
+            "the optimizer holds none of the model's parameters. Give it model.parameters()."
+        )
     if stages.line_search is not None:
         _refuse_senseless_search(stages.line_search, stages.aggregator, optimizer, clip_norm)
         _refuse_parameters_left_out(stages.line_search, network.module, held)
@@ -108,8 +114,8 @@ def _refuse_what_needs_the_update(stages: Stages) -> None:
         who = who or stages.weighting.name
     if who is not None:
         raise CombinationError(
-            f"{who} and no optimizer: it needs to know how the step is made. Give the Step the "
-            "optimizer."
+            f"{who} and no optimizer: {who} needs to know how the step is made. Give the Step "
+            "the optimizer."
         )
 
 
@@ -118,8 +124,8 @@ def _refuse_senseless_level(stages: Stages, network: Network) -> None:
     if search is not None and given is not None and given != search.level:
         other = "Backtracking" if given == "parameters" else "FastBacktracking"
         raise CombinationError(
-            f"level={given!r} and {type(search).__name__}: it needs the gradients of the "
-            f"{search.level}. Leave `level` out, or use {other}."
+            f"level={given!r} and {type(search).__name__}: this line search needs the gradients of "
+            f"the {search.level}. Leave `level` out, or use {other}."
         )
     if stages.level == "parameters":
         return
@@ -133,7 +139,7 @@ def _refuse_senseless_level(stages: Stages, network: Network) -> None:
         )
     if not network.has_features:
         advice = "" if search is None else ", or use Backtracking"
-        raise CombinationError(f"{who} and a closure: it {NO_FEATURES}{advice}.")
+        raise CombinationError(f"{who} and a closure: {who} {NO_FEATURES}{advice}.")
     if isinstance(network.module, SharedTrunk):
         refuse_bypassed(network.module, who)
     if not stages.aggregator.works_on_features:
@@ -149,8 +155,8 @@ def refuse_bypassed(model: SharedTrunk, who: str | None) -> None:
     what = bypassed(model)
     if who is not None and what is not None:
         raise CombinationError(
-            f"{who} and {what}: it works on the features that trunk and heads pass on, and would "
-            "leave out the rest of model(inputs). Move that into the trunk, or work at the "
+            f"{who} and {what}: {who} works on the features that trunk and heads pass on, and "
+            "would leave out the rest of model(inputs). Move that into the trunk, or work at the "
             "parameters: level='parameters', or Backtracking."
         )
 
@@ -158,8 +164,8 @@ def refuse_bypassed(model: SharedTrunk, who: str | None) -> None:
 def _refuse_senseless_heads(stages: Stages) -> None:
     if stages.heads == "weighted" and stages.aggregator.coefficients is None:
         raise CombinationError(
-            f"heads='weighted' and {stages.aggregator.name}: it has no coefficients to multiply "
-            "the heads by. Use heads='own'."
+            f"heads='weighted' and {stages.aggregator.name}: this aggregator has no coefficients "
+            "to multiply the heads by. Use heads='own'."
         )
     if stages.heads == "weighted" and stages.sharpness is not None:
         raise CombinationError(
@@ -187,17 +193,16 @@ def _refuse_nothing_shared(stages: Stages, network: Network) -> None:
     if not network.shares_nothing:
         return
     if stages.sharpness is not None:
-        name = type(stages.sharpness).__name__
-        raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
+        raise CombinationError(NOTHING_SHARED.format(type(stages.sharpness).__name__))
     if stages.line_search is not None:
         raise CombinationError(
             f"separate trunks and {type(stages.line_search).__name__}: networks that share nothing "
-            "need a step size each."
+            "need a step size each. Leave the line search out."
         )
     if stages.known(1) is None:
         needs_gram = stages.weighting.needs_gram
         name = stages.weighting.name if needs_gram else stages.aggregator.name
-        raise CombinationError(f"separate trunks and {name}: there is no shared parameter.")
+        raise CombinationError(NOTHING_SHARED.format(name))
 
 
 def _refuse_senseless_search(
@@ -224,13 +229,13 @@ def _refuse_senseless_search(
     if search.level == "parameters":
         advice += ', or direction="optimizer"'
     if not isinstance(optimizer, torch.optim.SGD):
-        raise CombinationError(f"{name} and {kind}: its steps are those of plain SGD. {advice}.")
+        raise CombinationError(f"{name} and {kind}: {name} makes the steps of plain SGD. {advice}.")
     for group in optimizer.param_groups:
         for option in ("momentum", "weight_decay", "maximize"):
             if group.get(option):
                 raise CombinationError(
-                    f"{name} and {kind}({option}={group[option]}): its steps are those of plain "
-                    f"SGD. {advice}."
+                    f"{name} and {kind}({option}={group[option]}): {name} makes the steps of "
+                    f"plain SGD. {advice}."
                 )
 
 

@@ -81,7 +81,10 @@ def _combine(
             f"{tuple(whole.shape)}; it must return ({whole.shape[1]},)."
         )
     if not bool(torch.isfinite(direction).all()):
-        raise EquipoiseError("the aggregator returned NaN or infinity for finite gradients.")
+        raise EquipoiseError(
+            "the aggregator returned NaN or infinity for finite gradients; look in it for a "
+            "division by 0."
+        )
     if direction.untyped_storage().data_ptr() == rows.buffer.untyped_storage().data_ptr():
         direction = direction.clone()  # the rows may be filled again while it is in use
     return Combination(None, gram), direction

@@ -17,7 +17,7 @@ from equipoise.engine.passes import Findings, Passes
 from equipoise.engine.ranks import Ranks
 from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.targets import Presence
-from equipoise.errors import NOT_FINITE, NonFiniteError
+from equipoise.errors import NOT_FINITE, TOO_LARGE, NonFiniteError
 from equipoise.kept import Attributes
 from equipoise.linalg import finite_norm
 from equipoise.replay import RandomState, frozen_buffers, replayed
@@ -198,9 +198,11 @@ class Evaluation(ABC):
         for task, loss in zip(self.presence.names, self.losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 cause = self.cause(task) if math.isnan(loss) else None
-                advice = "Lower the learning rate, or leave this batch out."
-                said = f"loss is {loss}. {advice}" if cause is None else f"loss is {loss}: {cause}"
-                raise NonFiniteError(task, said)
+                if cause is not None:
+                    raise NonFiniteError(task, f"loss is {loss}: {cause}")
+                raise NonFiniteError(
+                    task, f"loss is {loss}. Lower the learning rate, or leave this batch out."
+                )
 
     def cause(self, task: str) -> str | None:
         """Why the loss of a task may be NaN, with what to do; None if nothing is known."""
@@ -254,4 +256,4 @@ def first_not_finite(
         in_rows = lengths is not None and not bool(torch.isfinite(lengths[k]))
         if in_rows or finite_norm(own[k]) is None:
             return NonFiniteError(task, NOT_FINITE)
-    return NonFiniteError(None, "each task's gradient is finite, but together they overflow.")
+    return NonFiniteError(None, TOO_LARGE)

@@ -68,7 +68,8 @@ def factors_of(
     )
     for task, factor in zip(presence.names, factors.tolist(), strict=True):
         if not math.isfinite(factor):
-            raise NonFiniteError(task, f"{weighting.name} gave its loss the weight {factor}.")
+            said = f"{weighting.name} gave this loss the weight {factor}; look for a division by 0."
+            raise NonFiniteError(task, said)
     method = weighting.method
     weights = factors if method is None else method.weights[presence.present]
     return Factors(factors, weights, list(learned))

@@ -132,13 +132,15 @@ def load(
     mine = saved(parts, stages, model)
     if state.get("stages") != mine["stages"]:
         raise EquipoiseError(
-            f"the state was saved with {state.get('stages')}, this Step has {mine['stages']}."
+            f"the state was saved with {state.get('stages')}, this Step has {mine['stages']}. Give "
+            "the Step the same stages, and load what step.state_dict() gave."
         )
     try:
         _load(state, parts, model)
     except (KeyError, RuntimeError, ValueError) as error:
         _load(mine, parts, model)
-        raise EquipoiseError(f"the state does not fit this Step: {error}") from error
+        said = f"{error} is missing." if isinstance(error, KeyError) else error
+        raise EquipoiseError(f"the state does not fit this Step: {said}") from error
 
 
 def _load(state: Mapping[str, Any], parts: Mapping[str, Stateful], model: nn.Module) -> None:

@@ -96,7 +96,8 @@ class Scaling:
             return
         largest = min((torch.finfo(p.dtype).max for p in parameters), default=math.inf)
         if norm * self.now > largest:
-            raise NonFiniteError(None, f"the gradients overflow at the scale {self.now:g}.")
+            said = f"the gradients overflow at the scale {self.now:g}."
+            raise NonFiniteError(None, f"{said} Divide the losses by a constant.")
 
     def skip(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[Tensor]) -> None:
         """Count a step that was skipped; the scaler sees a gradient that is infinite, and learns.
@@ -133,8 +134,8 @@ def refuse_scaler(stages: Stages, scaler: Any) -> None:
     """Raise CombinationError for stages that do not go with a scaler."""
     if scaler is not None and stages.line_search is not None:
         raise CombinationError(
-            f"{type(stages.line_search).__name__} and a scaler: its trials compare losses, of "
-            "which float16 has three digits. Use bfloat16 without a scaler, or leave one out."
+            f"{type(stages.line_search).__name__} and a scaler: a line search compares losses, of "
+            "which float16 has three digits. Use bfloat16 without a scaler, or no line search."
         )
 
 

@@ -111,9 +111,9 @@ class TrunkLooks(Evaluation):
             self.features = Boundary(features, len(names), apart)
             if self.shared and torch.is_grad_enabled() and not self.features.outputs:
                 raise EquipoiseError(
-                    "the trunk has parameters to train, but nothing in what it returned has a "
-                    "gradient: detached, under torch.no_grad, not in dicts, lists and tuples, or "
-                    "checkpointed with use_reentrant=True."
+                    "the trunk has parameters to train, but no tensor that it returned requires a "
+                    "gradient. It may be detached, made under torch.no_grad, in something other "
+                    "than dicts, lists and tuples, or checkpointed with use_reentrant=True."
                 )
             self.values: list[Tensor | None] = []
             for k, task in enumerate(names):

@@ -194,7 +194,7 @@ class TrunkNetwork(Network):
             parameter, tasks = next(iter(beyond.items()))
             names = {p: f"parameter {name!r}" for name, p in self.model.named_parameters()}
             raise CombinationError(
-                f"{self.needs.features} and the loss of task {tasks[0]!r}: it reaches "
+                f"{self.needs.features} and the loss of task {tasks[0]!r}: the loss reaches "
                 f"{names.get(parameter, 'a parameter of its own')} without passing through the "
                 "features. Work at the parameters: level='parameters', or Backtracking."
             )

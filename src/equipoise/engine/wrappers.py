@@ -74,7 +74,9 @@ def refuse_optimizer(optimizer: Any) -> None:
     """
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise CombinationError("Step and LBFGS: LBFGS evaluates the loss itself. Use another.")
+        raise CombinationError(
+            "Step and LBFGS: LBFGS evaluates the loss itself. Use another optimizer."
+        )
     missing = [part for part in OF_AN_OPTIMIZER if not hasattr(optimizer, part)]
     if isinstance(optimizer, type) or missing:
         other = isinstance(optimizer, type) or len(missing) > len(OF_AN_OPTIMIZER) / 2
