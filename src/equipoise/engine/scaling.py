@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.engine.gradients import Gradients, added
 from equipoise.engine.stages import Stages
@@ -29,8 +30,8 @@ class Scaler(Protocol):
     def step(self, optimizer: torch.optim.Optimizer, /) -> Any:
         """Let the optimizer step, unless a gradient is not finite."""
 
-    def update(self) -> Any:
-        """Raise the scale after many good steps, lower it after a bad one."""
+    def update(self, new_scale: float | None = None, /) -> Any:
+        """Raise the scale after many good steps, lower it after a bad one; or set it."""
 
     def state_dict(self) -> Any:
         """The scale and its history."""
@@ -98,7 +99,17 @@ class Scaling:
         if norm * self.now > largest:
             raise NonFiniteError(None, f"the gradients overflow at the scale {self.now:g}.")
 
-    def skip(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[Tensor]) -> None:
+    @contextmanager
+    def begun_again_on_error(self) -> Generator[None]:
+        """If the body raises, the scaler is as it was before it saw the gradients."""
+        try:
+            yield
+        except BaseException:
+            if self.scaler is not None:
+                self.scaler.update(self.now)
+            raise
+
+    def skip(self, optimizer: torch.optim.Optimizer | None, parameters: Iterable[Tensor]) -> None:
         """Count a step that was skipped; the scaler sees a gradient that is infinite, and learns.
 
         Args:
@@ -129,9 +140,17 @@ class Scaling:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def refuse_scaler(stages: Stages, scaler: Any) -> None:
-    """Raise CombinationError for stages that do not go with a scaler."""
-    if scaler is not None and stages.line_search is not None:
+def refuse_scaler(stages: Stages, module: nn.Module, scaler: Scaler | None) -> None:
+    """Raise CombinationError for stages, or a network, that do not go with a scaler."""
+    if scaler is None:
+        return
+    for name, p in module.named_parameters():
+        if p.is_complex():
+            raise CombinationError(
+                f"a scaler and the complex parameter {name!r}: scalers divide real gradients only, "
+                "and complex numbers have no float16. Leave the scaler out."
+            )
+    if stages.line_search is not None:
         raise CombinationError(
             f"{type(stages.line_search).__name__} and a scaler: its trials compare losses, of "
             "which float16 has three digits. Use bfloat16 without a scaler, or leave one out."
