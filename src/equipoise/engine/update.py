@@ -157,10 +157,10 @@ class Update:
             if gradient is not None:
                 p.grad = gradient if p.grad is None else added(p.grad, gradient)
         self.learner.give(self.scaling, learned, add=True)
-        self.learner.step()
-        mark_used(self.learner.own)
         for p in parameters:
             call_hooks(p)
+        self.learner.step()
+        mark_used(self.learner.own)
 
     def _all(self, shared: Gradients, own: Sequence[Gradients]) -> tuple[list[Tensor], Gradients]:
         return by_parameter([self.look.shared, *self.look.own], [shared, *own])
