@@ -222,7 +222,7 @@ class Step(Assembly):
             if not (isinstance(error, NonFiniteError) and self._scaling.skips):
                 raise
             self._gathered = Gathered()
-            self._scaling.skip(self.optimizer if updates else None, held.parameters)
+            self._scaling.skip(held.parameters, updates)
             return StepReport.nothing_done(self.tasks, self._scaling.skipped)
 
     def _follow(self, batch: Any, updates: bool, held: Held) -> StepReport:

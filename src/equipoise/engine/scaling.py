@@ -109,24 +109,26 @@ class Scaling:
                 self.scaler.update(self.now)
             raise
 
-    def skip(self, optimizer: torch.optim.Optimizer | None, parameters: Iterable[Tensor]) -> None:
+    def skip(self, parameters: Iterable[Tensor], updates: bool) -> None:
         """Count a step that was skipped; the scaler sees a gradient that is infinite, and learns.
 
         Args:
-            optimizer: None: the scaler's owner will see the gradient, and update the scaler.
-            parameters: those of the network.
+            parameters: those of the network, one of which shows the gradient to the scaler's owner.
+            updates: whether the step would have updated the scaler itself.
         """
         self.skipped += 1
         if self.scaler is None:
             return
-        if optimizer is None:
+        if not updates:
             mark(parameters)
             return
-        marked = mark(p for group in optimizer.param_groups for p in group["params"])
+        # Not the user's optimizer, which the scaler of a fused one would let make its step.
+        stand_in = torch.zeros((), device=next(iter(parameters)).device, requires_grad=True)
+        mark([stand_in])
+        optimizer = torch.optim.SGD([stand_in])
         self.scaler.unscale_(optimizer)
         self.scaler.step(optimizer)
         self.scaler.update()
-        marked.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The count, and the scaler's state; empty if there is neither."""
@@ -145,10 +147,11 @@ def refuse_scaler(stages: Stages, module: nn.Module, scaler: Scaler | None) -> N
     if scaler is None:
         return
     for name, p in module.named_parameters():
-        if p.is_complex():
+        if p.requires_grad and (p.is_complex() or p.dtype == torch.float16):
+            advice = "Leave the scaler out" if p.is_complex() else "Keep it in float32"
             raise CombinationError(
-                f"a scaler and the complex parameter {name!r}: scalers divide real gradients only, "
-                "and complex numbers have no float16. Leave the scaler out."
+                f"a scaler and parameter {name!r} of {p.dtype}: scalers divide real gradients of "
+                f"float32 or more. {advice}, and run the network under torch.autocast."
             )
     if stages.line_search is not None:
         raise CombinationError(
@@ -157,12 +160,11 @@ def refuse_scaler(stages: Stages, module: nn.Module, scaler: Scaler | None) -> N
         )
 
 
-def mark(parameters: Iterable[Tensor]) -> Tensor:
-    """Make a gradient of one of the parameters infinite, for a scaler to see; returns that one."""
+def mark(parameters: Iterable[Tensor]) -> None:
+    """Make a gradient of one of the parameters infinite, for a scaler to see."""
     p = next(p for p in parameters if p.requires_grad and p.is_floating_point())
     infinite = torch.full_like(p, math.inf)
     p.grad = infinite if p.grad is None else added(p.grad, infinite)
-    return p
 
 
 def scales_of(losses: Sequence[Tensor]) -> list[Tensor] | None:
