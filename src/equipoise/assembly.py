@@ -124,9 +124,9 @@ class Assembly:
 
     # ------------------------------------------------------------------ what a step asks of them
 
-    def _undone_on_error(self) -> AbstractContextManager[Before]:
-        """If the body raises, all that it has changed is as before."""
-        devices = {p.device for p in self._network.parameters()}
+    def _undone_on_error(self, parameters: Iterable[Tensor]) -> AbstractContextManager[Before]:
+        """If the body raises, all that it has changed is as before; but for these parameters."""
+        devices = {p.device for p in parameters}
         copied, by_themselves = self._stages.changed
         return undone_on_error(self.model, devices, copied, [*by_themselves, self._network])
 
@@ -135,7 +135,7 @@ class Assembly:
         stages = self._stages
         out = stages.weighting.left_out
         look = self._network.evaluate(batch, self._ranks, out, stages.looks_again)
-        look.scale = self._scaling.begin(next(iter(self._network.parameters())).device)
+        look.scale = self._scaling.begin(self._network.parameters)
         before.names = look.presence.names
         return look
 

@@ -198,7 +198,7 @@ class Step(Assembly):
         refuse_collecting(self._stages)
         replay = Replay(self._network.whole)
         losses = StepReport.nothing_done(self.tasks).losses
-        undone = self._undone_on_error()
+        undone = self._undone_on_error(self._network.parameters())
         with self._spoiled_by_infinity(), undone as before, replay.recording(None):
             look = self._evaluate((inputs, targets, masks), before)
             if not before.names or self._gathered.spoiled is not None:
@@ -227,7 +227,7 @@ class Step(Assembly):
 
     def _follow(self, batch: Any, updates: bool, held: Held) -> StepReport:
         stages = self._stages
-        with self._undone_on_error() as before:
+        with self._undone_on_error(held.parameters) as before:
             look = self._joint(self._evaluate(batch, before), before)
             if not before.names:
                 held.put_back()

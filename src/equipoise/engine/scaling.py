@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -69,9 +69,10 @@ class Scaling:
         self.skipped = 0
         self.now = 1.0
 
-    def begin(self, device: torch.device) -> float:
-        """Read what losses on this device are multiplied by in the coming step."""
+    def begin(self, parameters: Callable[[], Iterable[Tensor]]) -> float:
+        """Read what losses on the device of these are multiplied by in the coming step."""
         if self.scaler is not None:  # asked by `scale`, which lets a new scaler make its tensors
+            device = next(iter(parameters())).device
             self.now = float(self.scaler.scale(torch.ones((), device=device)))
         return self.now
 

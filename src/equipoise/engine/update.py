@@ -29,7 +29,7 @@ class Held:
 
     Attributes:
         parameters: all that the step may give a gradient to.
-        gradients: parameter -> what was in `.grad`.
+        gradients: id of a parameter -> what was in `.grad`.
 
     Raises:
         EquipoiseError: as of `take`.
@@ -37,8 +37,9 @@ class Held:
 
     def __init__(self, network: Network, learned: Iterable[Tensor], drops: bool) -> None:
         self._network, self._drops = network, drops
-        self.parameters: dict[Tensor, None] = {}
-        self.gradients: dict[Tensor, Tensor] = {}
+        self.parameters: list[Tensor] = []
+        self.gradients: dict[int, Tensor] = {}
+        self._known: set[int] = set()  # ids, which cost less than tensors
         self.take((*network.parameters(), *learned))
 
     def take(self, parameters: Iterable[Tensor]) -> None:
@@ -48,14 +49,16 @@ class Held:
             EquipoiseError: one would be dropped that no step has used, or that has been added to
                 since; names its parameter. All are back then.
         """
-        new: dict[Tensor, Tensor] = {}
+        new: list[tuple[Tensor, Tensor]] = []
         for p in parameters:
-            if p not in self.parameters:
-                self.parameters[p] = None
-                if p.grad is not None:
-                    new[p], p.grad = p.grad, None
-        self.gradients.update(new)
-        for p, gradient in new.items() if self._drops else ():
+            if id(p) not in self._known:
+                self._known.add(id(p))
+                self.parameters.append(p)
+                gradient = p.grad
+                if gradient is not None:
+                    self.gradients[id(p)], p.grad = gradient, None
+                    new.append((p, gradient))
+        for p, gradient in new if self._drops else ():
             used = getattr(gradient, USED, None) == gradient._version
             if not used and bool(entries(gradient).any()):
                 self.put_back()
@@ -68,7 +71,7 @@ class Held:
     def put_back(self) -> None:
         """Let the parameters have them again."""
         for p in self.parameters:
-            p.grad = self.gradients.get(p)
+            p.grad = self.gradients.get(id(p))
 
     def forget(self) -> None:
         """Free the memory."""
@@ -82,8 +85,9 @@ USED = "used_by_equipoise"
 def mark_used(parameters: Iterable[Tensor]) -> None:
     """Take note that the gradients which are there now have done their work."""
     for p in parameters:
-        if p.grad is not None:
-            setattr(p.grad, USED, p.grad._version)
+        gradient = p.grad
+        if gradient is not None:
+            setattr(gradient, USED, gradient._version)
 
 
 @dataclass(frozen=True)
