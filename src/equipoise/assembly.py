@@ -146,6 +146,9 @@ class Assembly:
         if self._gathered.spoiled is not None:
             raise self._gathered.spoiled
         look = MicroBatches(self._gathered, last)
+        if self._gathered.parts and not self._network.repeats:
+            look.refuse_changed()
+            self._network.repeats = True
         look.scale, before.names = last.scale, look.presence.names
         return look
 

@@ -193,7 +193,7 @@ class Step(Assembly):
 
         Passes: 1 forward, T backwards; 1 forward where the coefficients are known beforehand, and
         one of each more in the step. Memory: T x P numbers, or none; the micro-batch itself where
-        it is looked at again.
+        it is looked at again, which must be as it was then.
         """
         refuse_collecting(self._stages)
         replay = Replay(self._network.whole)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -62,6 +62,19 @@ class Gathered:
 
     def __len__(self) -> int:
         return len(self.presences) + (self.spoiled is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, to which the sums would be lost.
+
+        Raises:
+            EquipoiseError: there are some.
+        """
+        if self:
+            raise EquipoiseError(
+                "micro-batches have been collected, which cannot be copied; make the step that "
+                "they belong to first."
+            )
+        return vars(self)
 
     def add(self, part: Part, stages: Stages, buffer: Callable[[Evaluation], Rows]) -> None:
         """Take in a micro-batch that has been looked at.
