@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from equipoise.engine.scaling import Scaling, refuse_scaler
 from equipoise.engine.stages import Needs, Stages
 from equipoise.engine.trunk_network import TrunkNetwork
 from equipoise.engine.wrappers import refuse_optimizer, refuse_wrappers
-from equipoise.errors import EquipoiseError
+from equipoise.errors import EquipoiseError, NonFiniteError
 from equipoise.line_search.base import LatentLineSearch, LineSearch
 from equipoise.sharpness import TaskSharpness
 from equipoise.weighting import EW
@@ -91,8 +91,8 @@ class Assembly:
         else:
             network = network_of(self.model, losses, self.optimizer, self._shared, found.needs)
         refuse_senseless(found, network, self.optimizer, clip_norm, missing)
-        refuse_scaler(found, scaler)
         scaling = Scaling(scaler, on_nonfinite)
+        refuse_scaler(found, self.model, scaling.scaler)
         if "_scaling" in now:
             scaling.skipped = self._scaling.skipped
         learner = now.get("_learner")
@@ -124,9 +124,9 @@ class Assembly:
 
     # ------------------------------------------------------------------ what a step asks of them
 
-    def _undone_on_error(self) -> AbstractContextManager[Before]:
-        """If the body raises, all that it has changed is as before."""
-        devices = {p.device for p in self._network.parameters()}
+    def _undone_on_error(self, parameters: Iterable[Tensor]) -> AbstractContextManager[Before]:
+        """If the body raises, all that it has changed is as before; but for these parameters."""
+        devices = {p.device for p in parameters}
         copied, by_themselves = self._stages.changed
         return undone_on_error(self.model, devices, copied, [*by_themselves, self._network])
 
@@ -135,7 +135,7 @@ class Assembly:
         stages = self._stages
         out = stages.weighting.left_out
         look = self._network.evaluate(batch, self._ranks, out, stages.looks_again)
-        look.scale = self._scaling.begin(next(iter(self._network.parameters())).device)
+        look.scale = self._scaling.begin(self._network.parameters)
         before.names = look.presence.names
         return look
 
@@ -143,9 +143,24 @@ class Assembly:
         """The last batch together with what has been collected."""
         if not self._gathered:
             return last
+        if self._gathered.spoiled is not None:
+            raise self._gathered.spoiled
         look = MicroBatches(self._gathered, last)
+        if self._gathered.parts and not self._network.repeats:
+            look.refuse_changed()
+            self._network.repeats = True
         look.scale, before.names = last.scale, look.presence.names
         return look
+
+    @contextmanager
+    def _spoiled_by_infinity(self) -> Generator[None]:
+        """A micro-batch that is not finite is no error where the step will be skipped for it."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if not self._scaling.skips:
+                raise
+            self._gathered = Gathered(spoiled=error)
 
     def _known(self, look: Evaluation) -> Tensor | None:
         """The coefficients, where they can be named before there are gradients."""
@@ -196,7 +211,9 @@ class Assembly:
         return {
             "model": self.model,
             **optimizer,
-            **held_outside(self.model, self.optimizer, self._stages.weighting.learnable),
+            **held_outside(
+                self.model, self.optimizer, self.losses, self._stages.weighting.learnable
+            ),
             **self._stages.stateful,
             "network": self._network,
             "learner": self._learner,

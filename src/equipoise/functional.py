@@ -100,7 +100,7 @@ def backward(
     """
     ranks, scaling = Ranks(), Scaling(scaler, "raise")
     names, values = scalar_losses(losses)
-    scaling.begin(values[0].device)
+    scaling.begin(lambda: values)
     weighs = weighting_stage(EW() if weighting is None else weighting)
     _refuse_what_only_a_step_knows(weighs)
     parameters = [p for p in shared if p.requires_grad]

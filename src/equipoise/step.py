@@ -22,7 +22,7 @@ from equipoise.engine.partition import Shared
 from equipoise.engine.scaling import Scaler
 from equipoise.engine.search_pass import Search
 from equipoise.engine.sharpness_pass import SecondLook
-from equipoise.engine.update import Held, Update, mark_used, refuse_unused
+from equipoise.engine.update import Held, Update, mark_used
 from equipoise.errors import CombinationError, NonFiniteError
 from equipoise.linalg import finite_norm
 from equipoise.line_search.base import LineSearch
@@ -182,24 +182,27 @@ class Step(Assembly):
 
         Losses are weighted by their numbers of samples: those with a label, or what the closure
         gives with each loss, else 1. All processes make the same calls. An error in the backward
-        passes forgets what was collected. Arguments are those of a call of the step.
+        passes forgets what was collected; where steps are skipped, one that is not finite lets the
+        joint step be skipped. Arguments are those of a call of the step.
 
         Returns:
-            (T,) losses of the micro-batch, NaN for an absent task.
+            (T,) losses of the micro-batch, NaN for an absent task; all NaN if it is not finite.
 
         Raises:
             CombinationError: the rows are gradients of features, all of which would be needed.
 
         Passes: 1 forward, T backwards; 1 forward where the coefficients are known beforehand, and
         one of each more in the step. Memory: T x P numbers, or none; the micro-batch itself where
-        it is looked at again.
+        it is looked at again, which must be as it was then.
         """
         refuse_collecting(self._stages)
         replay = Replay(self._network.whole)
-        with self._undone_on_error() as before, replay.recording(None):
+        losses = StepReport.nothing_done(self.tasks).losses
+        undone = self._undone_on_error(self._network.parameters())
+        with self._spoiled_by_infinity(), undone as before, replay.recording(None):
             look = self._evaluate((inputs, targets, masks), before)
-            if not before.names:
-                return StepReport.nothing_done(self.tasks).losses
+            if not before.names or self._gathered.spoiled is not None:
+                return losses
             look = look.look()
             losses = look.presence.spread(look.losses, torch.nan)
             gathered, self._gathered = self._gathered, Gathered()
@@ -211,9 +214,7 @@ class Step(Assembly):
 
     def _make(self, batch: Any, updates: bool) -> StepReport:
         """Make a step, or leave it out if it is not finite."""
-        held = Held(self._network.parameters())
-        if updates:
-            refuse_unused(held, self._network)
+        held = Held(self._network, self._learner.parameters, drops=updates)
         try:
             return self._follow(batch, updates, held)
         except BaseException as error:
@@ -221,12 +222,12 @@ class Step(Assembly):
             if not (isinstance(error, NonFiniteError) and self._scaling.skips):
                 raise
             self._gathered = Gathered()
-            self._scaling.skip(self.optimizer if updates else None, held.parameters)
+            self._scaling.skip(held.parameters, updates)
             return StepReport.nothing_done(self.tasks, self._scaling.skipped)
 
     def _follow(self, batch: Any, updates: bool, held: Held) -> StepReport:
         stages = self._stages
-        with self._undone_on_error() as before:
+        with self._undone_on_error(held.parameters) as before:
             look = self._joint(self._evaluate(batch, before), before)
             if not before.names:
                 held.put_back()
@@ -279,7 +280,7 @@ class Step(Assembly):
         if second:
             second.commit()
         if updates:
-            mark_used((*look.shared, *itertools.chain(*look.own)))
+            mark_used(held.parameters)
         self._let_weighting_learn(look, report, before.random)
         return report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from equipoise.engine.gradients import Gradients, divided, summed
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Stages
 from equipoise.engine.targets import Presence
-from equipoise.errors import CombinationError, EquipoiseError
+from equipoise.errors import CombinationError, EquipoiseError, NonFiniteError
 from equipoise.replay import Replay
 
 
@@ -49,6 +49,7 @@ class Gathered:
         rows: the summed rows; None if nothing is summed up.
         own: task -> its own parameters, and the sums of their gradients.
         shared: the shared parameters.
+        spoiled: why the step will be skipped, because a micro-batch was not finite; else None.
     """
 
     presences: list[Presence] = field(default_factory=list)
@@ -57,9 +58,23 @@ class Gathered:
     rows: Rows | None = None
     own: dict[str, tuple[list[Tensor], Gradients]] = field(default_factory=dict)
     shared: list[Tensor] = field(default_factory=list)
+    spoiled: NonFiniteError | None = None
 
     def __len__(self) -> int:
-        return len(self.presences)
+        return len(self.presences) + (self.spoiled is not None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, to which the sums would be lost.
+
+        Raises:
+            EquipoiseError: there are some.
+        """
+        if self:
+            raise EquipoiseError(
+                "micro-batches have been collected, which cannot be copied; make the step that "
+                "they belong to first."
+            )
+        return vars(self)
 
     def add(self, part: Part, stages: Stages, buffer: Callable[[Evaluation], Rows]) -> None:
         """Take in a micro-batch that has been looked at.

@@ -55,12 +55,17 @@ def by_parameter(
     parameters: Sequence[Sequence[Tensor]], gradients: Sequence[Gradients]
 ) -> tuple[list[Tensor], Gradients]:
     """All parameters of the tasks, each once, and the sum of what the tasks have for it."""
-    of: dict[Tensor, Tensor | None] = {}
+    of: dict[int, Tensor | None] = {}
+    order: list[Tensor] = []
     for some, theirs in zip(parameters, gradients, strict=True):
         for p, g in zip(some, theirs, strict=True):
-            before = of.get(p)
-            of[p] = g if before is None else before if g is None else added(before, g)
-    return list(of), list(of.values())
+            if id(p) not in of:
+                order.append(p)
+                of[id(p)] = g
+            else:
+                before = of[id(p)]
+                of[id(p)] = g if before is None else before if g is None else added(before, g)
+    return order, list(of.values())
 
 
 def added(a: Tensor, b: Tensor) -> Tensor:

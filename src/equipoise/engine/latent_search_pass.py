@@ -59,8 +59,7 @@ class LatentSearch(Search):
                 held = rule.allows(found.step_size, self.before, self.factors * after, falls)
                 found = found._replace(slopes=falls, losses=after, verified=held)
             if found.verified is not False:
-                moved_heads.stay()
-                moved_trunk.stay()
+                self._settle(moved_heads, moved_trunk)
                 return found, result, shared, heads
         return self._in_the_end_among_parameters(found, heads)
 

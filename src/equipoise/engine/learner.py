@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.engine.adapters import WeightingStage
-from equipoise.engine.gradients import Gradients
+from equipoise.engine.gradients import Gradients, added
 from equipoise.engine.scaling import Scaling
 from equipoise.errors import CombinationError
 
@@ -32,7 +32,8 @@ class Learner:
 
     Attributes:
         parameters: all of them; none if the weighting does not learn.
-        optimizer: of those that the user's optimizer does not hold; None if there are none.
+        own: those that the user's optimizer does not hold.
+        optimizer: of these; None if there are none.
 
     Raises:
         CombinationError: neither the weighting nor an optimizer says the learning rate.
@@ -49,7 +50,7 @@ class Learner:
                 f"{weighting.name} and no optimizer: nobody says with which learning rate its "
                 "parameters learn. Give it an lr, or give the Step the optimizer."
             )
-        self._own = set(own)
+        self.own = set(own)
         self.optimizer = _of_kind(optimizer, own, self._lr()) if own else None
 
     def _lr(self) -> Any:
@@ -57,10 +58,20 @@ class Learner:
             return self._rate
         return self._leader.param_groups[0]["lr"]
 
-    def give(self, scaling: Scaling, learned: Gradients) -> None:
-        """Put the gradients of the parameters where their optimizers look."""
+    def give(self, scaling: Scaling, learned: Gradients, add: bool = False) -> None:
+        """Put the gradients of the parameters where their optimizers look.
+
+        Args:
+            scaling: of gradients that the user's optimizer will see.
+            learned: of `parameters`.
+            add: whether these go on top of what is there.
+        """
         for p, gradient in zip(self.parameters, learned, strict=True):
-            p.grad = gradient if p in self._own else scaling.scaled([gradient])[0]
+            if p in self.own:
+                p.grad = gradient
+            elif gradient is not None:
+                gradient = scaling.scaled([gradient])[0]
+                p.grad = added(p.grad, gradient) if add and p.grad is not None else gradient
 
     def step(self) -> None:
         """Move those that nobody else moves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from equipoise.engine.gathered import Gathered
 from equipoise.engine.gradients import Gradients, divided, scaled, summed
 from equipoise.engine.rows import Rows, TakesRows
 from equipoise.engine.targets import Presence
-from equipoise.errors import NonFiniteError
+from equipoise.errors import NonFiniteError, TaskError
 from equipoise.replay import RandomState
 
 
@@ -50,6 +51,25 @@ class MicroBatches(Evaluation):
         """Nothing is asked of it that would keep a graph."""
 
     # ------------------------------------------------------------------ the first look
+
+    def refuse_changed(self) -> None:
+        """Look at what was gathered once more: is it still what it was?
+
+        Raises:
+            TaskError: a loss is not.
+        """
+        gathered, presence = self.gathered, self.presence
+        for number, (part, then) in enumerate(zip(gathered.parts, gathered.losses, strict=True)):
+            with part.anew(presence) as again:
+                now = presence.spread(again.look().losses) * presence.totals
+            for i, task in enumerate(presence.tasks):
+                if not math.isclose(now[i], then[i], rel_tol=1e-3, abs_tol=1e-12):
+                    raise TaskError(
+                        task,
+                        f"loss of micro-batch {number} has changed since it was collected. Keep "
+                        "its tensors as they are, and bind them in a closure that is made in a "
+                        "loop: lambda x=x, y=y: ...",
+                    )
 
     def look(self, apart: bool = True) -> Evaluation:
         """Make the forward pass of the last micro-batch."""

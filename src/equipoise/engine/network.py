@@ -25,6 +25,7 @@ class Network(ABC):
         has_features: whether gradients of the features can be taken (`TrunkEvaluation`).
         shares_nothing: whether it is one network for each task, so that nothing is shared.
         needs: what the stages want of it.
+        repeats: whether micro-batches were seen to give the same losses when looked at again.
         missing: what becomes of a target that is NaN in part, as of Step.
     """
 
@@ -35,6 +36,7 @@ class Network(ABC):
     shared: list[Tensor] | None
     needs: Needs
     missing: str = "sample"
+    repeats: bool = False
     has_features: bool = False
     shares_nothing: bool = False
 

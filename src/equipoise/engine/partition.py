@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,6 +28,7 @@ class Partition:
         shared: what is shared; None: what two or more tasks have reached so far.
         own: task name -> parameters that are known to be reached by it. If given, what two or more
             tasks reach is shared besides `shared`.
+        losses: task name -> loss, which may hold parameters; None: not known.
 
     Raises:
         ValueError: `shared` names no parameter of the network (names the nearest), or the tasks are
@@ -41,9 +42,10 @@ class Partition:
         optimizer: torch.optim.Optimizer | None,
         shared: Shared | None,
         own: Mapping[str, Iterable[Tensor]] | None = None,
+        losses: Any = None,
     ) -> None:
         self.tasks = _checked(tasks)
-        self._module, self._optimizer = module, optimizer
+        self._module, self._optimizer, self._losses = module, optimizer, losses
         self.names: dict[Tensor, str] = {}
         self._name()
         chosen = None if shared is None else _chosen(module, shared, self.names)
@@ -113,6 +115,8 @@ class Partition:
         leaves = reached_leaves(list(losses.values()))
         if any(leaf not in self.names for leaf in leaves):
             self._name()  # the network or the optimizer may hold more than before
+            if self._optimizer is None:
+                self._refuse_strangers(leaves, list(losses))
         found = self._reached.copy()
         for leaf, mask in leaves.items():
             if leaf in self.names:  # else it is an input, or of a network that nobody trains here
@@ -130,11 +134,22 @@ class Partition:
             self._sort()
             refuse_unreached(self.given, found, len(self.tasks))
 
+    def _refuse_strangers(self, leaves: Mapping[Tensor, int], tasks: Sequence[str]) -> None:
+        """Refuse parameters of which no optimizer says whether they are trained."""
+        for leaf, mask in leaves.items():
+            if isinstance(leaf, nn.Parameter) and leaf not in self.names:
+                raise TaskError(
+                    tasks[(mask & -mask).bit_length() - 1],
+                    f"loss reaches a parameter of shape {tuple(leaf.shape)} outside the network, "
+                    "whose gradient would be dropped. Give the Step the optimizer that holds it, "
+                    "put it into the network, or freeze it with requires_grad_(False).",
+                )
+
     def _name(self) -> None:
         """Name all parameters of the network, and those that only the optimizer holds."""
         for name, p in self._module.named_parameters():
             self.names.setdefault(p, name)
-        for name, p in outside(self._module, self._optimizer).items():
+        for name, p in outside(self._module, self._optimizer, self._losses).items():
             self.names.setdefault(p, name)
 
     def _trained_now(self) -> list[bool]:
@@ -198,12 +213,28 @@ def _refuse_compiled(losses: Mapping[str, Tensor]) -> None:
             )
 
 
-def outside(module: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """The parameters that the optimizer holds and the network does not, as those of a loss."""
+def outside(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, losses: Any = None
+) -> dict[str, Tensor]:
+    """The parameters that the optimizer holds and the network does not, as those of a loss.
+
+    Args:
+        module: the network.
+        optimizer: None: somebody else has it, who may train all that a loss holds.
+        losses: task name -> loss; anything else holds nothing.
+    """
     inside = set(module.parameters())
+    if optimizer is None:
+        return {
+            f"parameter {name!r} of the loss of {task!r}": p
+            for task, loss in (losses.items() if isinstance(losses, Mapping) else ())
+            if isinstance(loss, nn.Module)
+            for name, p in loss.named_parameters()
+            if p not in inside
+        }
     return {
         f"optimizer parameter {i} of group {g}": p
-        for g, group in enumerate(() if optimizer is None else optimizer.param_groups)
+        for g, group in enumerate(optimizer.param_groups)
         for i, p in enumerate(group["params"])
         if p not in inside
     }

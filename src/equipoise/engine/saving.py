@@ -58,20 +58,24 @@ def undone_on_error(
 
 
 def held_outside(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, saved_elsewhere: Iterable[Tensor]
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    losses: Any,
+    saved_elsewhere: Iterable[Tensor],
 ) -> dict[str, Stateful]:
     """What only the optimizer holds and nothing else saves, as the parameters of a loss.
 
     Args:
         module: the network, which saves its own.
         optimizer: whose parameters they are.
+        losses: as the user gave them; where nobody gave an optimizer, those of the losses.
         saved_elsewhere: those of the weighting.
 
     Returns:
         One part for `saved`; none if there is no such parameter.
     """
     known = set(saved_elsewhere)
-    found = {name: p for name, p in outside(module, optimizer).items() if p not in known}
+    found = {name: p for name, p in outside(module, optimizer, losses).items() if p not in known}
     return {"outside": _Outside(found)} if found else {}
 
 

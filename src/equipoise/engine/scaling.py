@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.engine.gradients import Gradients, added
 from equipoise.engine.stages import Stages
@@ -29,8 +30,8 @@ class Scaler(Protocol):
     def step(self, optimizer: torch.optim.Optimizer, /) -> Any:
         """Let the optimizer step, unless a gradient is not finite."""
 
-    def update(self) -> Any:
-        """Raise the scale after many good steps, lower it after a bad one."""
+    def update(self, new_scale: float | None = None, /) -> Any:
+        """Raise the scale after many good steps, lower it after a bad one; or set it."""
 
     def state_dict(self) -> Any:
         """The scale and its history."""
@@ -68,9 +69,10 @@ class Scaling:
         self.skipped = 0
         self.now = 1.0
 
-    def begin(self, device: torch.device) -> float:
-        """Read what losses on this device are multiplied by in the coming step."""
+    def begin(self, parameters: Callable[[], Iterable[Tensor]]) -> float:
+        """Read what losses on the device of these are multiplied by in the coming step."""
         if self.scaler is not None:  # asked by `scale`, which lets a new scaler make its tensors
+            device = next(iter(parameters())).device
             self.now = float(self.scaler.scale(torch.ones((), device=device)))
         return self.now
 
@@ -99,24 +101,36 @@ class Scaling:
             said = f"the gradients overflow at the scale {self.now:g}."
             raise NonFiniteError(None, f"{said} Divide the losses by a constant.")
 
-    def skip(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[Tensor]) -> None:
+    @contextmanager
+    def begun_again_on_error(self) -> Generator[None]:
+        """If the body raises, the scaler is as it was before it saw the gradients."""
+        try:
+            yield
+        except BaseException:
+            if self.scaler is not None:
+                self.scaler.update(self.now)
+            raise
+
+    def skip(self, parameters: Iterable[Tensor], updates: bool) -> None:
         """Count a step that was skipped; the scaler sees a gradient that is infinite, and learns.
 
         Args:
-            optimizer: None: the scaler's owner will see the gradient, and update the scaler.
-            parameters: those of the network.
+            parameters: those of the network, one of which shows the gradient to the scaler's owner.
+            updates: whether the step would have updated the scaler itself.
         """
         self.skipped += 1
         if self.scaler is None:
             return
-        if optimizer is None:
+        if not updates:
             mark(parameters)
             return
-        marked = mark(p for group in optimizer.param_groups for p in group["params"])
+        # Not the user's optimizer, which the scaler of a fused one would let make its step.
+        stand_in = torch.zeros((), device=next(iter(parameters)).device, requires_grad=True)
+        mark([stand_in])
+        optimizer = torch.optim.SGD([stand_in])
         self.scaler.unscale_(optimizer)
         self.scaler.step(optimizer)
         self.scaler.update()
-        marked.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The count, and the scaler's state; empty if there is neither."""
@@ -130,21 +144,29 @@ class Scaling:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def refuse_scaler(stages: Stages, scaler: Any) -> None:
-    """Raise CombinationError for stages that do not go with a scaler."""
-    if scaler is not None and stages.line_search is not None:
+def refuse_scaler(stages: Stages, module: nn.Module, scaler: Scaler | None) -> None:
+    """Raise CombinationError for stages, or a network, that do not go with a scaler."""
+    if scaler is None:
+        return
+    for name, p in module.named_parameters():
+        if p.requires_grad and (p.is_complex() or p.dtype == torch.float16):
+            advice = "Leave the scaler out" if p.is_complex() else "Keep it in float32"
+            raise CombinationError(
+                f"a scaler and parameter {name!r} of {p.dtype}: scalers divide real gradients of "
+                f"float32 or more. {advice}, and run the network under torch.autocast."
+            )
+    if stages.line_search is not None:
         raise CombinationError(
             f"{type(stages.line_search).__name__} and a scaler: a line search compares losses, of "
             "which float16 has three digits. Use bfloat16 without a scaler, or no line search."
         )
 
 
-def mark(parameters: Iterable[Tensor]) -> Tensor:
-    """Make a gradient of one of the parameters infinite, for a scaler to see; returns that one."""
+def mark(parameters: Iterable[Tensor]) -> None:
+    """Make a gradient of one of the parameters infinite, for a scaler to see."""
     p = next(p for p in parameters if p.requires_grad and p.is_floating_point())
     infinite = torch.full_like(p, math.inf)
     p.grad = infinite if p.grad is None else added(p.grad, infinite)
-    return p
 
 
 def scales_of(losses: Sequence[Tensor]) -> list[Tensor] | None:

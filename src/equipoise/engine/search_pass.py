@@ -79,6 +79,7 @@ class Search:
         self.own = list(own)
         self.factors = factors.detach()
         self.before = self.factors * evaluation.losses
+        self._settled: list[Displaced] = []
 
     def along(
         self,
@@ -113,9 +114,14 @@ class Search:
             found = self._along_optimizer(result, shared, heads, learned, promised)
         else:
             found, result, shared, heads = self._find(result, shared, heads, promised)
-            if found.accepted:  # also for those who count the optimizer's steps
-                self.update.learn(learned)
-            self.update.give(shared, heads, learned)
+            try:
+                if found.accepted:  # also for those who count the optimizer's steps
+                    self.update.learn(learned)
+                self.update.give(shared, heads, learned)
+            except BaseException:  # of a hook
+                for displaced in self._settled:
+                    displaced.back()
+                raise
         self.rule.count(found.trials, found.step_size, found.slopes)
         norm = finite_norm(shared)
         return found, result, math.inf if norm is None else norm
@@ -135,9 +141,15 @@ class Search:
                 displaced.move(directions, -size)
                 after = losses(size)
                 if self.rule.allows(size, self.before, self.factors * after, promised):
-                    displaced.stay()
+                    self._settle(displaced)
                     return Found(size, trials, promised, after)
         return Found(0.0, trials, promised, None)
+
+    def _settle(self, *moved: Displaced) -> None:
+        """Leave parameters where they are."""
+        for displaced in moved:
+            displaced.stay()
+        self._settled += moved
 
     # ------------------------------------------------------------------ in the parameters
 

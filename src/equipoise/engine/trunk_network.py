@@ -176,7 +176,7 @@ class TrunkNetwork(Network):
 
     def beyond(self, look: TrunkEvaluation) -> dict[Tensor, list[str]]:
         """The parameters that a loss reaches besides its own head, each with the tasks that do."""
-        partition = Partition(self.model, self.tasks, self.optimizer, None)
+        partition = Partition(self.model, self.tasks, self.optimizer, None, losses=self.losses)
         values = zip(look.presence.names, look.values, strict=True)
         partition.update({task: v for task, v in values if v is not None}, look.ranks)
         own = {p: [task] for task in self.tasks for p in self.model.head_parameters(task)}
@@ -205,7 +205,8 @@ class TrunkNetwork(Network):
         """Shared are the trunk and what two or more tasks reach; a head is its task's own."""
         shared = list(self.model.trunk.parameters())
         heads = {task: self.model.head_parameters(task) for task in self.tasks}
-        partition = Partition(self.model, self.tasks, self.optimizer, shared or None, heads)
+        given = self.optimizer, shared or None, heads, self.losses
+        partition = Partition(self.model, self.tasks, *given)
         return GraphNetwork(self.model, partition, self.needs, self.whole)
 
     def _evaluate_graph(

@@ -23,24 +23,55 @@ class Held:
     """The gradients that parameters had before a step, out of the way of its backward passes.
 
     Args:
-        parameters: all that the step may give a gradient to.
+        network: whose parameters they are.
+        learned: those of the weighting.
+        drops: whether the step takes the place of what was there; else it adds to it.
 
     Attributes:
-        parameters: the same.
-        gradients: parameter -> what was in `.grad`.
+        parameters: all that the step may give a gradient to.
+        gradients: id of a parameter -> what was in `.grad`.
+
+    Raises:
+        EquipoiseError: as of `take`.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.parameters = list(parameters)
-        self.gradients: dict[Tensor, Tensor] = {}
-        for p in self.parameters:
-            if p.grad is not None:
-                self.gradients[p], p.grad = p.grad, None
+    def __init__(self, network: Network, learned: Iterable[Tensor], drops: bool) -> None:
+        self._network, self._drops = network, drops
+        self.parameters: list[Tensor] = []
+        self.gradients: dict[int, Tensor] = {}
+        self._known: set[int] = set()  # ids, which cost less than tensors
+        self.take((*network.parameters(), *learned))
+
+    def take(self, parameters: Iterable[Tensor]) -> None:
+        """Take those of further parameters, as of a loss that was found to have some.
+
+        Raises:
+            EquipoiseError: one would be dropped that no step has used, or that has been added to
+                since; names its parameter. All are back then.
+        """
+        new: list[tuple[Tensor, Tensor]] = []
+        for p in parameters:
+            if id(p) not in self._known:
+                self._known.add(id(p))
+                self.parameters.append(p)
+                gradient = p.grad
+                if gradient is not None:
+                    self.gradients[id(p)], p.grad = gradient, None
+                    new.append((p, gradient))
+        for p, gradient in new if self._drops else ():
+            used = getattr(gradient, USED, None) == gradient._version
+            if not used and bool(entries(gradient).any()):
+                self.put_back()
+                raise EquipoiseError(
+                    f"{self._network.name(p)} holds a gradient from before this step, which would "
+                    "be dropped. Call optimizer.zero_grad() first; or let step.backward() add to "
+                    "it, or step.collect() gather micro-batches."
+                )
 
     def put_back(self) -> None:
         """Let the parameters have them again."""
         for p in self.parameters:
-            p.grad = self.gradients.get(p)
+            p.grad = self.gradients.get(id(p))
 
     def forget(self) -> None:
         """Free the memory."""
@@ -54,24 +85,9 @@ USED = "used_by_equipoise"
 def mark_used(parameters: Iterable[Tensor]) -> None:
     """Take note that the gradients which are there now have done their work."""
     for p in parameters:
-        if p.grad is not None:
-            setattr(p.grad, USED, p.grad._version)
-
-
-def refuse_unused(held: Held, network: Network) -> None:
-    """Refuse to drop a gradient that no step has used, or that has been added to since.
-
-    Raises:
-        EquipoiseError: there is one; names its parameter.
-    """
-    for p, gradient in held.gradients.items():
-        if getattr(gradient, USED, None) != gradient._version and bool(entries(gradient).any()):
-            held.put_back()
-            raise EquipoiseError(
-                f"{network.name(p)} holds a gradient from before this step, which would be "
-                "dropped. Call optimizer.zero_grad() first; or let step.backward() add to it, or "
-                "step.collect() gather micro-batches."
-            )
+        gradient = p.grad
+        if gradient is not None:
+            setattr(gradient, USED, gradient._version)
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,14 @@ class Update:
     scaling: Scaling
     clip_norm: float | None
 
+    def __post_init__(self) -> None:
+        """The look may have found parameters of losses.
+
+        Raises:
+            EquipoiseError: the gradient of one would be dropped.
+        """
+        self.held.take((*self.look.shared, *itertools.chain(*self.look.own)))
+
     def give(self, shared: Gradients, own: Sequence[Gradients], learned: Gradients) -> None:
         """Put the gradients where an optimizer looks, and call the hooks that wait for them."""
         parameters, gradients = self._all(shared, own)
@@ -108,10 +132,10 @@ class Update:
         optimizer, scaler = self.optimizer, self.scaling.scaler
         assert optimizer is not None
         self.give(shared, own, learned)
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        self._clip()
-        with naming_the_closure(optimizer):
+        with self.scaling.begun_again_on_error(), naming_the_closure(optimizer):
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            self._clip()
             if scaler is None:
                 optimizer.step()
             else:
@@ -132,14 +156,15 @@ class Update:
             give(parameters, gradients)
             self._clip()
             gradients = [p.grad for p in parameters]
+        self.held.put_back()  # also where nothing is added
         for p, gradient in zip(parameters, self.scaling.scaled(gradients), strict=True):
-            before = self.held.gradients.get(p)
             if gradient is not None:
-                p.grad = gradient if before is None else added(before, gradient)
-        self.learner.give(self.scaling, learned)
-        self.learner.step()
+                p.grad = gradient if p.grad is None else added(p.grad, gradient)
+        self.learner.give(self.scaling, learned, add=True)
         for p in parameters:
             call_hooks(p)
+        self.learner.step()
+        mark_used(self.learner.own)
 
     def _all(self, shared: Gradients, own: Sequence[Gradients]) -> tuple[list[Tensor], Gradients]:
         return by_parameter([self.look.shared, *self.look.own], [shared, *own])
