@@ -43,6 +43,7 @@ class Assembly:
 
     optimizer: torch.optim.Optimizer | Any
     tasks: tuple[str, ...]
+    losses: Any
     weighting: Callable[..., Tensor]
     aggregator: Callable[..., Tensor]
     sharpness: TaskSharpness | None

@@ -40,7 +40,7 @@ class Displaced:
     def starts(self) -> list[Tensor]:
         """The copies of the values, one for each of `parameters`."""
         return [
-            torch.view_as_complex(start) if p.is_complex() else start
+            torch.view_as_complex(start.clone()) if p.is_complex() else start
             for start, p in zip(self._starts, self.parameters, strict=True)
         ]
 

@@ -71,7 +71,8 @@ class Learner:
                 p.grad = gradient
             elif gradient is not None:
                 gradient = scaling.scaled([gradient])[0]
-                p.grad = added(p.grad, gradient) if add and p.grad is not None else gradient
+                before = p.grad if add else None
+                p.grad = gradient if before is None else added(before, gradient)
 
     def step(self) -> None:
         """Move those that nobody else moves."""
