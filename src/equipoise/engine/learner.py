@@ -70,9 +70,9 @@ class Learner:
             if p in self.own:
                 p.grad = gradient
             elif gradient is not None:
-                gradient = scaling.scaled([gradient])[0]
+                (found,) = scaling.scaled([gradient])
                 before = p.grad if add else None
-                p.grad = gradient if before is None else added(before, gradient)
+                p.grad = found if before is None or found is None else added(before, found)
 
     def step(self) -> None:
         """Move those that nobody else moves."""
