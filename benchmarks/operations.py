@@ -38,7 +38,6 @@ RECIPES = (
     "upgrad", "si+cagrad", "graddrop", "f-cagrad", "si+f-mgda", "f-mgda(perturb=joint-mean)",
     "fbls", "bls+mgda",
 )  # fmt: skip
-GOALS = {"loss-only": 1.10, "features": 1.20, "gradients": 1.15, "flat": 1.25, "search": 2.0}
 WARM_UP = 2
 
 
@@ -180,7 +179,7 @@ def main() -> None:
         ratio = ours.total() / theirs.total()
         rows.append(
             {"recipe": text, "passes": kind, "operations": ours.total(), "bare": theirs.total(),
-             "ratio": round(ratio, 3), "goal": GOALS[kind]}
+             "ratio": round(ratio, 3)}
         )  # fmt: skip
         if given.where:
             more = {name: n - theirs[name] for name, n in ours.items() if n != theirs[name]}
