@@ -23,7 +23,8 @@ Buffers = list[tuple[nn.Module, str, Tensor | None, Tensor | None]]
 
 def copy_of_buffers(module: nn.Module) -> Buffers:
     """Every buffer with a copy of its value: (owner, name, buffer, value)."""
-    return [saved for owner in module.modules() for saved in copy_of_own(owner)]
+    owners = [owner for owner in module.modules() if owner._buffers]
+    return [saved for owner in owners for saved in copy_of_own(owner)]
 
 
 def copy_of_own(owner: nn.Module) -> Buffers:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.engine.adapters import WeightingStage
-from equipoise.engine.gradients import Gradients, added
+from equipoise.engine.gradients import Gradients, summed
 from equipoise.engine.scaling import Scaling
 from equipoise.errors import CombinationError
 
@@ -69,9 +69,9 @@ class Learner:
         for p, gradient in zip(self.parameters, learned, strict=True):
             if p in self.own:
                 p.grad = gradient
-            elif gradient is not None:
-                gradient = scaling.scaled([gradient])[0]
-                p.grad = added(p.grad, gradient) if add and p.grad is not None else gradient
+            else:
+                before = p.grad if add else None
+                p.grad = summed([before], scaling.scaled([gradient]))[0]
 
     def step(self) -> None:
         """Move those that nobody else moves."""
