@@ -22,7 +22,7 @@ TASKS = ("a", "b", "c")
 RECIPES = ("ew", "uw", "famo", "mgda-ub", "fbls(verify=true)", "bls", "cagrad", "f-cagrad")
 CASES = [(recipe, "trunk") for recipe in RECIPES]
 CASES += [(r, "closure") for r in RECIPES if r not in ("mgda-ub", "fbls(verify=true)")]
-USERS = ("equipoise.engine.trunk_evaluation", "equipoise.engine.graph_evaluation")
+USERS = ("equipoise.engine.trunk_looks", "equipoise.engine.graph_evaluation")
 
 
 class Operations(TorchDispatchMode):
