@@ -209,3 +209,12 @@ def test_numpy_without_a_known_generator(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = np.random.rand(3).tolist()
     state.restore()
     assert np.random.rand(3).tolist() == expected
+
+
+def test_the_state_of_python_is_what_python_says() -> None:
+    choose = random.Random(0)
+    for _ in range(300):
+        choose.choice(
+            [random.random, lambda: random.gauss(0, 1), lambda: random.seed(choose.random())]
+        )()
+        assert draws.python_state() == random.getstate()

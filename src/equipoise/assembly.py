@@ -213,7 +213,7 @@ class Assembly:
             "model": self.model,
             **optimizer,
             **held_outside(
-                self.model, self.optimizer, self.losses, self._stages.weighting.learnable
+                self.model, self.optimizer, self._network.losses, self._stages.weighting.learnable
             ),
             **self._stages.stateful,
             "network": self._network,

@@ -144,6 +144,72 @@ def test_what_does_not_go_with_a_scaler() -> None:
         build("ew", network(), scaler=3)
 
 
+@pytest.mark.parametrize("where", ["optimizer", "hook"])
+def test_a_step_after_one_that_raised(where: str) -> None:
+    def raising(*_: object) -> None:
+        raise ZeroDivisionError
+
+    step = build("uw+cagrad", network(), scaler=scaler(64.0), clip_norm=0.1)
+    weight = step.model.trunk[0].weight
+    if where == "optimizer":
+        handle = step.optimizer.register_step_pre_hook(raising)
+    else:
+        handle = weight.register_post_accumulate_grad_hook(raising)
+    state = step.state_dict()
+    with pytest.raises(ZeroDivisionError):
+        step(*batch())
+    assert differences(state, step.state_dict()) == []
+    handle.remove()
+    assert step(*batch()).accepted
+    assert step.scaler.get_scale() == 64
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+        lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    ],
+)
+def test_an_overflow_leaves_the_optimizer_alone(kind: Callable, closure: bool) -> None:
+    model = network()
+    losses = list(TWO) if closure else all_tasks(model, F.mse_loss)
+    shared = {"shared": model.trunk} if closure else {}
+    optimizer = kind(model.parameters())
+    step = eq.Step(model, losses, optimizer, eq.UW(2), eq.CAGrad(), scaler=scaler(64.0), **shared)
+    calls: list[object] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    inputs, targets = batch()
+
+    def make(size: float) -> eq.StepReport:
+        own = {task: size * y for task, y in targets.items()}
+        if not closure:
+            return step(inputs, own)
+        return step(lambda: {t: F.mse_loss(z, own[t]) for t, z in model(inputs).items()})
+
+    for k in (1, 2):  # before the optimizer's first step, and after it
+        state = step.state_dict()
+        assert not make(math.inf).accepted
+        changed = differences(state, step.state_dict())
+        assert [d for d in changed if not d.startswith("/scaling")] == []
+        assert step.scaler.get_scale() == 64 / 2**k
+        assert make(1.0).accepted
+        assert len(calls) == k
+
+
+def test_parameters_that_a_scaler_does_not_know() -> None:
+    for dtype, words in ((torch.complex64, "Leave the scaler out"), (torch.float16, "float32")):
+        model = network()
+        model.trunk[0].extra = nn.Parameter(torch.zeros(2, dtype=dtype))
+        with pytest.raises(eq.CombinationError, match=f"'trunk.0.extra' of torch.*{words}"):
+            build("ew", model, scaler=scaler())
+        build("ew", model, scaler=scaler(enabled=False))
+        model.trunk[0].extra.requires_grad_(False)
+        build("ew", model, scaler=scaler())
+
+
 # ------------------------------------------------------------------------------- eq.backward
 
 
@@ -227,6 +293,34 @@ def test_micro_batches_of_a_skipped_step_are_forgotten() -> None:
     step(inputs, targets)
     plain(inputs, targets)
     assert differences(parameters_of(step.model), parameters_of(plain.model)) == []
+
+
+@pytest.mark.parametrize("text", ["ew", "cagrad", "uw+f-mgda"])
+@pytest.mark.parametrize("scale", [None, 64.0])
+def test_one_bad_micro_batch_lets_the_step_be_skipped(text: str, scale: float | None) -> None:
+    options = {"on_nonfinite": "skip"} if scale is None else {"scaler": scaler(scale)}
+    step, plain = (build(text, network().eval(), **options) for _ in range(2))
+    inputs, targets = batch()
+    bad = {task: y * math.inf for task, y in targets.items()}
+    before = snapshot(step)
+    assert step.collect(inputs, targets).isfinite().all()
+    assert step.collect(inputs, bad).isnan().all()
+    assert step.collect(inputs, targets).isnan().all(), "nothing will become of it"
+    with pytest.raises(eq.EquipoiseError, match="have been collected"):
+        step.state_dict()
+    report = step(inputs, targets)
+    assert (report.accepted, report.skipped) == (False, 1)
+    assert [d for d in differences(before, snapshot(step)) if "grad" not in d] == []
+    assert scale is None or step.scaler.get_scale() == scale / 2, "once"
+    if scale is not None:
+        plain.scaler.update(scale / 2)
+    for made in (step, plain):
+        made.collect(inputs, targets)
+        assert made(inputs, targets).accepted
+    assert differences(parameters_of(step.model), parameters_of(plain.model)) == []
+    strict = build(text, network())
+    with pytest.raises(eq.NonFiniteError, match="'left': loss is inf"):
+        strict.collect(inputs, bad)
 
 
 def test_an_unknown_answer() -> None:

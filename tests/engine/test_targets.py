@@ -43,7 +43,7 @@ def test_present_names_and_shares() -> None:
     found = labels({"c": torch.zeros(4), "a": torch.tensor([torch.nan, 1.0])})
     assert found.names == ["a", "c"]
     assert found.present.tolist() == [True, False, True]
-    assert found.shares.tolist() == [1.0, 1.0]
+    assert found.parts == [1.0, 1.0]
     assert [found.here(task) for task in THREE] == [True, False, True]
 
 

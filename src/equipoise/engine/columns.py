@@ -64,7 +64,7 @@ class Columns:
     def pieces(self, vector: Tensor) -> list[Tensor]:
         """The parts of a vector (P,), shaped as the parameters; views where these are real."""
         parts = zip(self.split(vector), self.parameters, strict=True)
-        return [shaped(piece, p) for piece, p in parts]
+        return [shaped(piece, p) if p.is_complex() else piece for piece, p in parts]
 
     def joined(self, pieces: Gradients) -> Tensor:
         """(P,) one vector from pieces shaped as the parameters; None is zeros."""

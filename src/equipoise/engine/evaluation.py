@@ -191,7 +191,9 @@ class Evaluation(ABC):
             common = known[0].device
             numbers = torch.stack([value.to(common) for value in known])
             here[[value is not None for value in values]] = numbers.to("cpu", torch.float64)
-        return self.ranks.sum(here if self.presence.is_whole else here * self.presence.shares)
+        if not self.presence.is_whole:
+            here *= here.new_tensor(self.presence.parts)
+        return self.ranks.sum(here)
 
     def refuse_infinite_losses(self) -> None:
         """Raise NonFiniteError if a loss is NaN or infinite."""

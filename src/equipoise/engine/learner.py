@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equipoise.engine.adapters import WeightingStage
-from equipoise.engine.gradients import Gradients, added
+from equipoise.engine.gradients import Gradients, summed
 from equipoise.engine.scaling import Scaling
 from equipoise.errors import CombinationError
 
@@ -69,10 +69,9 @@ class Learner:
         for p, gradient in zip(self.parameters, learned, strict=True):
             if p in self.own:
                 p.grad = gradient
-            elif gradient is not None:
-                (found,) = scaling.scaled([gradient])
+            else:
                 before = p.grad if add else None
-                p.grad = found if before is None or found is None else added(before, found)
+                p.grad = summed([before], scaling.scaled([gradient]))[0]
 
     def step(self) -> None:
         """Move those that nobody else moves."""

@@ -31,8 +31,7 @@ class Presence:
         names: the T' tasks that have a label in some process, in order.
         present: (T,) bool, True for these.
         totals: (T,) float64, the labelled samples of each task in all processes.
-        shares: (T',) float64, the part of each one's labelled samples that this process holds.
-        parts: the same as plain numbers.
+        parts: T' numbers, the part of each one's labelled samples that this process holds.
         is_whole: whether this process holds all of them.
     """
 
@@ -44,14 +43,12 @@ class Presence:
     def _within(self, totals: Tensor) -> None:
         """Be a part of a batch with so many labelled samples (T,) in all."""
         self.totals, self.present = totals, totals > 0
-        self.names = [
-            task for task, total in zip(self.tasks, totals.tolist(), strict=True) if total
-        ]
-        self.shares = (self.counts / totals)[self.present]
-        self.parts: list[float] = self.shares.tolist()
+        # In plain numbers, which cost less than tensors of a few.
+        all_of = list(zip(self.tasks, self.counts.tolist(), totals.tolist(), strict=True))
+        self.names = [task for task, _, total in all_of if total]
+        self.parts: list[float] = [count / total for _, count, total in all_of if total]
         self.is_whole = all(part == 1.0 for part in self.parts)
-        of_all = zip(self.tasks, self.counts.tolist(), strict=True)
-        self._here = {task for task, count in of_all if count}
+        self._here = {task for task, count, _ in all_of if count}
 
     def part_of(self: AnyPresence, joint: Presence) -> AnyPresence:
         """The same labels as a part of a larger batch: positions and shares are those of it."""
