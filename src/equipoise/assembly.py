@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.aggregation import MGDA, Sum
 from equipoise.engine.compatibility import refuse_senseless, shared_trunk
-from equipoise.engine.evaluation import Evaluation
+from equipoise.engine.evaluation import Evaluation, OneBatch
 from equipoise.engine.gathered import Gathered
 from equipoise.engine.graph_network import GraphNetwork
 from equipoise.engine.learner import Learner
@@ -131,7 +131,7 @@ class Assembly:
         copied, by_themselves = self._stages.changed
         return undone_on_error(self.model, devices, copied, [*by_themselves, self._network])
 
-    def _evaluate(self, batch: Any, before: Before) -> Evaluation:
+    def _evaluate(self, batch: Any, before: Before) -> OneBatch:
         """The batch, before its first look."""
         stages = self._stages
         out = stages.weighting.left_out
@@ -140,7 +140,7 @@ class Assembly:
         before.names = look.presence.names
         return look
 
-    def _joint(self, last: Evaluation, before: Before) -> Evaluation:
+    def _joint(self, last: OneBatch, before: Before) -> Evaluation:
         """The last batch together with what has been collected."""
         if not self._gathered:
             return last

@@ -27,59 +27,34 @@ Moving = Callable[[int], AbstractContextManager[Any]]
 
 
 class Evaluation(ABC):
-    """One batch on its way through a network, and the backward passes that are asked of it.
+    """What a step asks of a batch, or of several that make one step: losses and their gradients.
 
-    It is made in two parts: the constructor finds out which tasks are present, `look` makes the
-    forward pass. Gradients are those of the raw losses of the joint batch. A further look sees the
-    parameters as they are by then, with the draws and from the buffers of the first look, and
-    leaves buffers and random generators as they are.
+    Gradients are those of the raw losses of the joint batch. A further look sees the parameters as
+    they are by then, with the draws and from the buffers of the first look, and leaves buffers and
+    random generators as they are.
 
     Attributes:
         presence: which T' of the T tasks take part.
         ranks: the processes that train together.
         shared: the shared parameters that are not frozen; their numbers are the P columns of rows.
         own: for each present task the parameters that follow its own loss.
-        whole: the network, together with losses that are modules and may keep something in them.
-        start: what it held in plain attributes before the first look.
-        held: the buffers of those losses before the first look.
         losses: (T',) detached losses of the joint batch, float64 on the CPU; once `look` was
             called.
         scale: what losses are multiplied by on their way back, so that half-precision gradients do
             not vanish; what comes out is divided by it.
-        passes: within which its backward passes are made; once `look` was called.
-        findings: what is known of the network's graphs, likewise.
     """
 
     presence: Presence
     ranks: Ranks
-
-    @property
-    @abstractmethod
-    def module(self) -> nn.Module:
-        """The network."""
-
     shared: list[Tensor]
     own: list[list[Tensor]]
-    whole: nn.Module
-    start: Attributes
-    held: Buffers
     losses: Tensor
-    passes: Passes
-    findings: Findings
     scale: float = 1.0
 
     @property
-    def parts(self) -> Sequence[Evaluation]:
+    @abstractmethod
+    def parts(self) -> Sequence[OneBatch]:
         """The batches that are looked at one after the other, in the positions of this one."""
-        return [self]
-
-    @abstractmethod
-    def be_part_of(self, joint: Presence) -> None:
-        """Take the positions and shares of a larger batch; before `look`, or after `rest`."""
-
-    @abstractmethod
-    def rest(self) -> None:
-        """Let go of what only the first backward passes need."""
 
     @abstractmethod
     def look(self, apart: bool = True) -> Evaluation:
@@ -96,10 +71,6 @@ class Evaluation(ABC):
             TaskError: a loss is not a scalar, not connected to the network, or not finite.
             EquipoiseError: no gradient can reach the shared parameters.
         """
-
-    @abstractmethod
-    def repeated(self) -> Evaluation:
-        """The same batch once more, as if it were new."""
 
     @abstractmethod
     def fill(self, rows: TakesRows) -> list[Gradients]:
@@ -123,17 +94,6 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
-    def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
-        """Further look: the losses of some present tasks, with their graphs.
-
-        Args:
-            tasks: positions among the present tasks.
-
-        Returns:
-            A scalar for each of them, over this process's samples; None where it has none.
-        """
-
-    @abstractmethod
     def own_again(
         self, tasks: Sequence[int], moving: Moving
     ) -> list[tuple[Tensor | None, Gradients]]:
@@ -147,7 +107,85 @@ class Evaluation(ABC):
     def trial_losses(self) -> Tensor:
         """Further look: (T',) losses of the joint batch, float64 on the CPU, of any value."""
 
-    # ------------------------------------------------------------------ what both have
+    @abstractmethod
+    def losses_now(self, before: RandomState) -> Tensor:
+        """(T,) losses of the batch with the parameters as they are by now, NaN where absent.
+
+        Args:
+            before: from where the first look has drawn.
+
+        Returns:
+            All NaN if one is not finite: the next step will say so.
+        """
+
+    @abstractmethod
+    def why_not_finite(self, before: RandomState, buffer: Callable[[], Rows]) -> NonFiniteError:
+        """The error for gradients that are not finite, which names the first task; slow.
+
+        Args:
+            before: from where the first look has drawn; the generators go back there.
+            buffer: gives rows that may be filled.
+        """
+
+
+class OneBatch(Evaluation):
+    """One batch on its way through a network.
+
+    It is made in two parts: the constructor finds out which tasks are present, `look` makes the
+    forward pass.
+
+    Attributes:
+        whole: the network, together with losses that are modules and may keep something in them.
+        start: what it held in plain attributes before the first look.
+        held: the buffers of those losses before the first look.
+        passes: within which its backward passes are made; once `look` was called.
+        findings: what is known of the network's graphs, likewise.
+    """
+
+    whole: nn.Module
+    start: Attributes
+    held: Buffers
+    passes: Passes
+    findings: Findings
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def parts(self) -> Sequence[OneBatch]:
+        """This one."""
+        return [self]
+
+    @abstractmethod
+    def look(self, apart: bool = True) -> OneBatch:
+        """As in `Evaluation`."""
+
+    @abstractmethod
+    def be_part_of(self, joint: Presence) -> None:
+        """Take the positions and shares of a larger batch; before `look`, or after `rest`."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Let go of what only the first backward passes need."""
+
+    @abstractmethod
+    def repeated(self) -> OneBatch:
+        """The same batch once more, as if it were new."""
+
+    @abstractmethod
+    def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
+        """Further look: the losses of some present tasks, with their graphs.
+
+        Args:
+            tasks: positions among the present tasks.
+
+        Returns:
+            A scalar for each of them, over this process's samples; None where it has none.
+        """
+
+    # ------------------------------------------------------------------ what all have
 
     def own_gradients(self, k: int, value: Tensor | None) -> Gradients:
         """Gradients of the k-th present task's own parameters by its loss, of all processes."""
@@ -216,14 +254,7 @@ class Evaluation(ABC):
         self.start.put_back()
 
     def losses_now(self, before: RandomState) -> Tensor:
-        """(T,) losses of the batch with the parameters as they are by now, NaN where absent.
-
-        Args:
-            before: from where the first look has drawn.
-
-        Returns:
-            All NaN if one is not finite: the next step will say so.
-        """
+        """As in `Evaluation`."""
         # Compiled parts run the code of the first look, which was made with gradients.
         grad = torch.set_grad_enabled(self.findings.compiled)
         with grad, replayed(self.module, before), frozen_buffers(self.whole):
@@ -236,12 +267,7 @@ class Evaluation(ABC):
         return self.presence.spread(losses, torch.nan)
 
     def why_not_finite(self, before: RandomState, buffer: Callable[[], Rows]) -> NonFiniteError:
-        """The error for gradients that are not finite, which names the first task; slow.
-
-        Args:
-            before: from where the first look has drawn; the generators go back there.
-            buffer: gives rows that may be filled.
-        """
+        """As in `Evaluation`."""
         before.restore()  # the same dropout masks again
         again = self.repeated().look()
         rows = buffer()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from equipoise.engine.evaluation import Evaluation
+from equipoise.engine.evaluation import OneBatch
 from equipoise.engine.gradients import Gradients, divided, summed
 from equipoise.engine.rows import Rows
 from equipoise.engine.stages import Stages
@@ -21,11 +21,11 @@ from equipoise.replay import Replay
 class Part(NamedTuple):
     """A micro-batch that can be looked at again; `replay` knows how its forward pass began."""
 
-    look: Evaluation
+    look: OneBatch
     replay: Replay
 
     @contextmanager
-    def anew(self, joint: Presence) -> Generator[Evaluation]:
+    def anew(self, joint: Presence) -> Generator[OneBatch]:
         """In the body, the same micro-batch as if it were new, before its first look."""
         with self.replay.again(None):
             again = self.look.repeated()
@@ -76,7 +76,7 @@ class Gathered:
             )
         return vars(self)
 
-    def add(self, part: Part, stages: Stages, buffer: Callable[[Evaluation], Rows]) -> None:
+    def add(self, part: Part, stages: Stages, buffer: Callable[[OneBatch], Rows]) -> None:
         """Take in a micro-batch that has been looked at.
 
         Args:
@@ -101,7 +101,7 @@ class Gathered:
             look.rest()
             self.parts.append(part)
 
-    def sum_up(self, look: Evaluation) -> None:
+    def sum_up(self, look: OneBatch) -> None:
         """Add the rows and the gradients of own parameters, times the numbers of samples."""
         assert self.rows is not None
         presence = look.presence
@@ -113,7 +113,7 @@ class Gathered:
             _, before = self.own.get(task, (parameters, [None] * len(parameters)))
             self.own[task] = parameters, summed(before, divided(found, 1 / total))
 
-    def refuse_other_parameters(self, look: Evaluation) -> None:
+    def refuse_other_parameters(self, look: OneBatch) -> None:
         """Refuse a micro-batch that has shown that more, or less, is shared than was known."""
         known = [(self.shared, look.shared)]
         for task, own in zip(look.presence.names, look.own, strict=True):

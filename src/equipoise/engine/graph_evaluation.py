@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.buffers import Buffers
-from equipoise.engine.evaluation import Evaluation, Moving
+from equipoise.engine.evaluation import Moving, OneBatch
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.lazy import LazyParameters
 from equipoise.engine.losses import losses_of_closure
@@ -57,7 +57,7 @@ class Graph:
         self.search = Search(self.whole, self.tasks)
 
 
-class GraphEvaluation(Evaluation):
+class GraphEvaluation(OneBatch):
     """The losses of one call of the closure; then backward passes, and further calls.
 
     Args:
@@ -126,7 +126,7 @@ class GraphEvaluation(Evaluation):
 
     # ------------------------------------------------------------------ the first look
 
-    def look(self, apart: bool = True) -> Evaluation:
+    def look(self, apart: bool = True) -> OneBatch:
         """Find out what is shared; the closure has been called already."""
         network, partition = self.network, self.network.partition
         self.values = self._of_present(self._found)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.evaluation import Evaluation, Moving, first_not_finite
+from equipoise.engine.evaluation import Evaluation, Moving, OneBatch, first_not_finite
 from equipoise.engine.gathered import Gathered
 from equipoise.engine.gradients import Gradients, divided, scaled, summed
 from equipoise.engine.rows import Rows, TakesRows
@@ -25,7 +25,7 @@ class MicroBatches(Evaluation):
         last: of the batch with which the step is made.
     """
 
-    def __init__(self, gathered: Gathered, last: Evaluation) -> None:
+    def __init__(self, gathered: Gathered, last: OneBatch) -> None:
         self.gathered = gathered
         self.ranks, self._module = last.ranks, last.module
         self.presence = Presence.joint([*gathered.presences, last.presence])
@@ -34,7 +34,7 @@ class MicroBatches(Evaluation):
             part.be_part_of(self.presence)
 
     @property
-    def parts(self) -> Sequence[Evaluation]:
+    def parts(self) -> Sequence[OneBatch]:
         """All micro-batches."""
         return [part.look for part in self.gathered.parts] + ([self.last] if self.last else [])
 
@@ -42,10 +42,6 @@ class MicroBatches(Evaluation):
     def module(self) -> nn.Module:
         """The network."""
         return self._module
-
-    def be_part_of(self, joint: Presence) -> None:
-        """A joint batch is no part of another."""
-        raise NotImplementedError
 
     def rest(self) -> None:
         """Nothing is asked of it that would keep a graph."""
@@ -89,10 +85,6 @@ class MicroBatches(Evaluation):
         self.own = [by_task[task] for task in self.presence.names]
         return self
 
-    def repeated(self) -> Evaluation:
-        """Each part is repeated by itself, from where it began."""
-        raise NotImplementedError
-
     # ------------------------------------------------------------------ backward
 
     def fill(self, rows: TakesRows) -> list[Gradients]:
@@ -128,7 +120,7 @@ class MicroBatches(Evaluation):
         shared: Gradients = [None] * len(self.shared)
         by_task: list[Gradients] = [[None] * len(own) for own in self.own]
 
-        def add(look: Evaluation) -> None:
+        def add(look: OneBatch) -> None:
             nonlocal shared, by_task
             found, own = look.backward(coefficients, factors)
             shared = summed(shared, found)
@@ -142,10 +134,6 @@ class MicroBatches(Evaluation):
         return shared, by_task
 
     # ------------------------------------------------------------------ further looks
-
-    def losses_again(self, tasks: Sequence[int]) -> list[Tensor | None]:
-        """Their graphs would all be held together; ask the parts."""
-        raise NotImplementedError
 
     def own_again(
         self, tasks: Sequence[int], moving: Moving

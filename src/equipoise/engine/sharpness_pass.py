@@ -14,7 +14,7 @@ from torch import Tensor
 from equipoise.engine.adapters import AggregatorStage
 from equipoise.engine.direction import Combination, combine
 from equipoise.engine.displaced import Displaced
-from equipoise.engine.evaluation import Evaluation
+from equipoise.engine.evaluation import Evaluation, OneBatch
 from equipoise.engine.gradients import Gradients, divided, summed
 from equipoise.engine.rows import Rows
 from equipoise.errors import NonFiniteError
@@ -239,7 +239,7 @@ class SecondLook:
 
     def _receive(
         self,
-        part: Evaluation,
+        part: OneBatch,
         k: int,
         value: Tensor | None,
         also: Sequence[Tensor] = (),
@@ -252,7 +252,7 @@ class SecondLook:
             found = self.rows.receive(k, value, seed, also, retain_graph, part.scale)
         return part.ranks.sum_gradients(divided(found, part.scale * (factor or 1.0)), also)
 
-    def _losses(self, part: Evaluation, tasks: Sequence[int]) -> list[Tensor | None]:
+    def _losses(self, part: OneBatch, tasks: Sequence[int]) -> list[Tensor | None]:
         values = part.losses_again(tasks)
         self.seen += [(k, v.detach()) for k, v in zip(tasks, values, strict=True) if v is not None]
         return values

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equipoise.buffers import Buffers
 from equipoise.engine.boundary import Boundary
-from equipoise.engine.evaluation import Evaluation, Moving
+from equipoise.engine.evaluation import Moving, OneBatch
 from equipoise.engine.gradients import Gradients
 from equipoise.engine.losses import check_loss
 from equipoise.engine.passes import Findings, Passes, findings_of, noting_cuts
@@ -28,7 +28,7 @@ TRUNK = None
 Losses = Mapping[str, Callable[[Any, Any], Tensor]]
 
 
-class TrunkLooks(Evaluation):
+class TrunkLooks(OneBatch):
     """The first look, trunk, features, heads, losses, and further ones.
 
     Args:
@@ -66,7 +66,7 @@ class TrunkLooks(Evaluation):
         self._first = findings is None
         self.findings = Findings() if findings is None else findings
         self.replay = Replay(self.whole, self.start) if again or self._first else None
-        self.repeats: Evaluation | None = None
+        self.repeats: OneBatch | None = None
         self.held: Buffers = []
         self.shared = trainable(model.shared_parameters())
         self._place(presence)
@@ -97,7 +97,7 @@ class TrunkLooks(Evaluation):
 
     # ------------------------------------------------------------------ the first look
 
-    def look(self, apart: bool = True) -> Evaluation:
+    def look(self, apart: bool = True) -> OneBatch:
         """Pass the trunk once and each head once; with `apart` each on features of its own."""
         if apart and self.findings.compiled_trunk and self.replay is None:
             self.replay = Replay(self.whole, self.start)

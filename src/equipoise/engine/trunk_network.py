@@ -15,7 +15,7 @@ from equipoise.buffers import Buffers, copy_of_buffers, put_back
 from equipoise.draws import RandomState
 from equipoise.engine.compatibility import refuse_bypassed
 from equipoise.engine.direction import FeatureGradients
-from equipoise.engine.evaluation import Evaluation
+from equipoise.engine.evaluation import OneBatch
 from equipoise.engine.graph_evaluation import GraphEvaluation
 from equipoise.engine.graph_network import GraphNetwork
 from equipoise.engine.graphs import reached_leaves
@@ -84,9 +84,7 @@ class TrunkNetwork(Network):
         self._held: Buffers = []
         self._graph: GraphNetwork | None = None
 
-    def evaluate(
-        self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool
-    ) -> Evaluation:
+    def evaluate(self, batch: Any, ranks: Ranks, left_out: frozenset[int], again: bool) -> OneBatch:
         """Take inputs, targets and masks.
 
         Raises:
@@ -242,7 +240,7 @@ class _CheckedEvaluation(TrunkEvaluation):
         super().__init__(network.model, network.losses, *batch, again, None, network.whole)
         self.network, self.again = network, again
 
-    def look(self, apart: bool = True) -> Evaluation:
+    def look(self, apart: bool = True) -> OneBatch:
         """Make the forward pass; once more, with the whole graph, if a loss reaches beyond."""
         random, buffers = RandomState(devices_of(self.model)), copy_of_buffers(self.whole)
         try:
