@@ -141,9 +141,9 @@ class Step(Assembly):
         Raises:
             TaskError: what is wrong with which task. A step that raises has changed nothing:
                 parameters, buffers, optimizer, stages and random generators are as before (only
-                the gradients of the step before are gone); but an error in the look at the updated
-                network for which FAMO asks leaves the step made. What was collected stays if the
-                forward pass fails, and is gone if it fails later.
+                the gradients of the step before are gone). An error inside the optimizer, or in the
+                look at the updated network for which FAMO asks, leaves what it has moved. What was
+                collected stays if the forward pass fails, and is gone if it fails later.
             EquipoiseError: a parameter holds a gradient that no step has put there.
         """
         if self.optimizer is None:
