@@ -171,10 +171,12 @@ class SecondLook:
             self._fill_from(self._trunk(rows.mean()))
             return self._own_moved()
         mean = rows.mean() if sharp.needs_mean else None
+        ways = range(len(self.heads))
+        lengths = [self._trunk(sharp.ascent(self._upward(k), mean)).length for k in ways]
         displaced = Displaced(self.evaluation.shared)  # whose starts are copied once for all tasks
         found: list[Gradients] = []
         for k, head in enumerate(self.heads):
-            trunk = self._trunk(sharp.ascent(self._upward(k), mean))
+            trunk = self._trunk(sharp.ascent(self._upward(k), mean), lengths[k])
             if sharp.norm == "joint":
                 trunk = trunk._replace(length=head.length * abs(self.multiplied[k]))
             if trunk.length <= TINY and not (sharp.moves_both and head.length > TINY):
@@ -265,10 +267,11 @@ class SecondLook:
             factor = math.copysign(1.0, factor)
         return row if factor == 1 else row * factor
 
-    def _trunk(self, upward: Tensor) -> Group:
+    def _trunk(self, upward: Tensor, length: float | None = None) -> Group:
         parameters = self.evaluation.shared
         pieces: Gradients = list(self.rows.pieces(upward))
-        return Group(parameters, pieces, self.sharpness.length(parameters, pieces))
+        known = self.sharpness.length(parameters, pieces) if length is None else length
+        return Group(parameters, pieces, known)
 
 
 @contextmanager
