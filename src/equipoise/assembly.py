@@ -181,9 +181,9 @@ class Assembly:
     def state_dict(self) -> dict[str, Any]:
         """A copy of all that the next step depends on.
 
-        That is the model, the optimizer, the stages, the state of torch's global random
-        generators, from which dropout draws, the scaler, and with a closure what the tasks have
-        reached.
+        That is the model, the optimizer, the stages, the state of the global random generators
+        (torch's, from which dropout draws, Python's and numpy's), the scaler, and with a closure
+        what the tasks have reached.
 
         Raises:
             EquipoiseError: micro-batches have been collected, which are no part of a state.

@@ -31,7 +31,7 @@ class Weighting(_ResizingModule, ABC):
 
     Element i of the result depends on loss i through the graph, and on the other losses only as
     numbers. It is called once a training step. State lives in buffers, what is learned in
-    parameters; a parameter gets an optimizer group of its own with learning rate `lr`. In a Step
+    parameters; a Step has an optimizer of its own for them, with learning rate `lr`. In a Step
     it works on the CPU in float64: on T numbers that is faster than any device.
 
     Attributes:

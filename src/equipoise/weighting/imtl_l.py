@@ -19,7 +19,7 @@ class IMTLL(Weighting):
 
     Args:
         n_tasks: number of tasks T.
-        lr: learning rate of s, which gets an optimizer group of its own without weight decay;
+        lr: learning rate of s, which is learned without weight decay;
             None: that of the network, as published.
 
     Raises:

@@ -17,7 +17,7 @@ class UW(Weighting):
 
     Args:
         n_tasks: number of tasks T.
-        lr: learning rate of s, which gets an optimizer group of its own without weight decay.
+        lr: learning rate of s, which is learned without weight decay.
 
     Raises:
         ValueError: a parameter is not positive, or at the call the number of losses differs.
