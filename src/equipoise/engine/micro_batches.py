@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.engine.evaluation import Evaluation, Moving, OneBatch, first_not_finite
 from equipoise.engine.gathered import Gathered
@@ -27,7 +27,7 @@ class MicroBatches(Evaluation):
 
     def __init__(self, gathered: Gathered, last: OneBatch) -> None:
         self.gathered = gathered
-        self.ranks, self._module = last.ranks, last.module
+        self.ranks = last.ranks
         self.presence = Presence.joint([*gathered.presences, last.presence])
         self.last = last if last.presence.names else None
         for part in (*(part.look for part in gathered.parts), *([last] if self.last else ())):
@@ -37,14 +37,6 @@ class MicroBatches(Evaluation):
     def parts(self) -> Sequence[OneBatch]:
         """All micro-batches."""
         return [part.look for part in self.gathered.parts] + ([self.last] if self.last else [])
-
-    @property
-    def module(self) -> nn.Module:
-        """The network."""
-        return self._module
-
-    def rest(self) -> None:
-        """Nothing is asked of it that would keep a graph."""
 
     # ------------------------------------------------------------------ the first look
 

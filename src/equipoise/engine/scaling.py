@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from equipoise.engine.gradients import Gradients, added
+from equipoise.engine.gradients import Gradients, added, divided
 from equipoise.engine.stages import Stages
 from equipoise.errors import CombinationError, NonFiniteError
 
@@ -86,11 +86,7 @@ class Scaling:
 
     def scaled(self, gradients: Gradients) -> Gradients:
         """The gradients, new ones, times the scale."""
-        there = [g for g in gradients if g is not None]
-        if self.scaler is None or not there:
-            return gradients
-        found = iter(torch._foreach_mul(there, self.now))
-        return [None if g is None else next(found) for g in gradients]
+        return divided(gradients, 1 / self.now)
 
     def refuse_overflow(self, norm: float, parameters: Sequence[Tensor]) -> None:
         """Raise NonFiniteError if gradients of this norm overflow when they are scaled."""
